@@ -1,0 +1,1 @@
+"""Models: towers, connectors, language models and what composes them."""

@@ -1,0 +1,1 @@
+"""Vision towers: what turns pixels into patch features."""
