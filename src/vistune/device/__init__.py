@@ -1,0 +1,117 @@
+"""One contract for every device: what it is, its number formats, memory, seeds and clocks.
+
+Not a scheduler: it names one device for this process and says what it falls back to.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vistune.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device this process computes on.
+
+    Args:
+        torch_device: What tensors are moved to.
+        name: The device's own name, for reports.
+        dtype: Format of frozen weights and of activations.
+        note: What was fallen back to and why; empty when nothing was.
+    """
+
+    torch_device: torch.device
+    name: str
+    dtype: torch.dtype
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`cpu`, `cuda` (NVIDIA, ROCm and DCU), `npu` or `mps`."""
+        return self.torch_device.type
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all work given to it."""
+        if self.kind != "cpu":
+            torch.accelerator.synchronize(self.torch_device)
+
+    def reset_peak_memory(self) -> None:
+        """Starts a new measurement of peak memory."""
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_memory_gib(self) -> float | None:
+        """Returns the most memory tensors held since the last reset, or None where not measured."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device) / 2**30
+        return None
+
+
+def _first_accelerator() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _has_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "npu"
+
+
+def select_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """Returns the device a recipe names.
+
+    Args:
+        device: auto, cpu, cuda, mps or npu.
+        dtype: auto, fp32 or bf16.
+
+    Raises:
+        DeviceError: The device named is not there.
+    """
+    kind = _first_accelerator() if device == "auto" else device
+    if kind != "cpu" and kind != _first_accelerator():
+        raise DeviceError(
+            f"device '{kind}' is not available to torch {torch.__version__}",
+            expected=f"present: cpu, {_first_accelerator()}",
+            fix="set device=auto, or install the torch build for this device",
+        )
+    note = ""
+    if dtype == "auto":
+        chosen = torch.bfloat16 if _has_bf16(kind) else torch.float32
+        if kind != "cpu" and chosen is torch.float32:
+            note = f"{kind} has no bf16 in hardware: computing in fp32"
+    else:
+        chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    if kind == "cpu":
+        name = platform.processor() or platform.machine()
+        return Device(torch.device("cpu"), name, chosen, note)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    name = torch.cuda.get_device_name(local_rank) if kind == "cuda" else kind
+    return Device(torch.device(kind, local_rank), name, chosen, note)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that decide what a run computes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("vistune", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

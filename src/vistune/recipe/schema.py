@@ -1,0 +1,369 @@
+"""The recipe: every setting of a run, as types. What a key means is written under it.
+
+Nothing here touches a device or reads weights: a recipe error answers in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from vistune.recipe.base import Section
+
+Auto: TypeAlias = Literal["auto"]
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+Frac: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+_CONNECTOR = re.compile(r"linear|identity|mlp[1-9][0-9]*x_gelu")
+
+
+class VisionTowerConfig(Section):
+    """The vision encoder."""
+
+    path: str
+    """Local directory in the hub's layout, or a hub id. The model is read from its config."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    layer: int | Auto = "auto"
+    """Hidden state taken: an index into the encoder's hidden states (0 is the embedding, -1 the
+    last layer before any final norm, -2 the usual choice with CLIP), or `auto`: -2 for CLIP, the
+    normalised output otherwise."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`patch` drops the class token, `cls_patch` keeps it as one more image token."""
+
+
+class ConnectorConfig(Section):
+    """The network between the tower's features and the language model's embeddings."""
+
+    kind: str = "mlp2x_gelu"
+    """`linear`, `identity` or `mlp{N}x_gelu` (N linear layers with exact GELU between them)."""
+    pixel_shuffle: PositiveInt = 1
+    """Side of the square of patches folded into one token before the connector (1: none)."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if not _CONNECTOR.fullmatch(value):
+            raise ValueError(f"unknown connector '{value}'; known: linear, identity, mlp{{N}}x_gelu")
+        return value
+
+
+class LanguageModelConfig(Section):
+    """The causal language model."""
+
+    path: str
+    """Local directory in the hub's layout, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    gguf_file: str | None = None
+    """File name inside `path` when the weights are GGUF (needs the extra `gguf`)."""
+
+
+class ModelConfig(Section):
+    """What the model is made of: three parts, or a model made before."""
+
+    vision_tower: VisionTowerConfig | None = None
+    """The vision encoder; needed unless `from_checkpoint` is set."""
+    connector: ConnectorConfig = ConnectorConfig()
+    """The network between tower and language model."""
+    language_model: LanguageModelConfig | None = None
+    """The language model; needed unless `from_checkpoint` is set."""
+    from_checkpoint: str | None = None
+    """A run, a checkpoint of it, or an exported model to go on from: its parts, its connector and
+    all weights it trained. The three keys above must then be left out."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        parts = (self.vision_tower, self.language_model)
+        if self.from_checkpoint is None and None in parts:
+            raise ValueError("name both vision_tower and language_model, or from_checkpoint")
+        if self.from_checkpoint is not None:
+            given = self.model_fields_set & {"vision_tower", "language_model", "connector"}
+            given = {name for name in given if getattr(self, name) is not None}
+            if given:
+                raise ValueError(
+                    f"from_checkpoint already says what the model is; leave out {sorted(given)}"
+                )
+        return self
+
+
+class FreezeTune(Section):
+    """The role's weights stay as they are."""
+
+    mode: Literal["freeze"] = "freeze"
+    """Train nothing."""
+
+
+class FullTune(Section):
+    """All weights of the role are trained."""
+
+    mode: Literal["full"]
+    """Train every weight."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this role; `train.lr` when left out."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of this role; `train.weight_decay` when left out."""
+
+
+class LoraTune(Section):
+    """Low-rank adapters are trained beside the role's frozen linear layers."""
+
+    mode: Literal["lora"]
+    """Train LoRA adapters."""
+    rank: PositiveInt = 64
+    """Rank of the two factors."""
+    alpha: PositiveFloat = 128.0
+    """Scale: the adapter's output is multiplied by alpha / rank (alpha / sqrt(rank), `rslora`)."""
+    dropout: Frac = 0.0
+    """Dropout in front of the adapter."""
+    targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
+    """`all_linear`, or the last names of the linear layers (q_proj, v_proj, ...). The language
+    model's head is a role of its own and never among them."""
+    rslora: bool = False
+    """Rank-stabilised scale."""
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA)."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this role; `train.lr` when left out."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of this role; `train.weight_decay` when left out."""
+
+
+RoleTune: TypeAlias = Annotated[FreezeTune | FullTune | LoraTune, Field(discriminator="mode")]
+
+
+class TuneConfig(Section):
+    """What trains, role by role."""
+
+    vision: RoleTune = FreezeTune()
+    """The vision tower."""
+    connector: RoleTune = FullTune(mode="full")
+    """The connector: `freeze` or `full`."""
+    language: RoleTune = FreezeTune()
+    """The language model without its output head (input embeddings included)."""
+    head: RoleTune = FreezeTune()
+    """The output head: `freeze` or `full`. A head tied to the embeddings follows `language`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("connector", "head"):
+            if getattr(self, name).mode == "lora":
+                raise ValueError(f"tune.{name} takes freeze or full, not lora")
+        return self
+
+
+class SourceConfig(Section):
+    """One dataset."""
+
+    name: str | None = None
+    """Name in metrics and messages; the file's stem when left out."""
+    format: Literal["llava"] = "llava"
+    """How the file is written. `llava`: JSON list or JSONL of rows with `conversations`."""
+    path: str
+    """The dataset file, relative to the working directory."""
+    images: str | None = None
+    """Folder the rows' image paths are relative to; no image may lie outside it. Left out: the
+    folder of `path`."""
+    epochs: PositiveFloat = 1.0
+    """How often the source is seen in one epoch of the run: 2 repeats it, 0.5 takes half."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows."""
+
+
+class ImageConfig(Section):
+    """How pixels reach the tower. `auto` is what the tower's own preprocessor file says."""
+
+    mode: Literal["crop", "pad", "resize"] = "pad"
+    """`crop`: short side to `size_px`, centre square. `pad`: to a square with the mean colour, then
+    to `size_px`. `resize`: to the square, aspect not kept."""
+    size_px: PositiveInt | Auto = "auto"
+    """Side of the square the tower sees."""
+    mean: tuple[float, float, float] | Auto = "auto"
+    """Per-channel mean on pixels in [0, 1]."""
+    std: tuple[float, float, float] | Auto = "auto"
+    """Per-channel standard deviation on pixels in [0, 1]."""
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = "auto"
+    """Filter of the resize."""
+    max_pixels: PositiveInt = 178_956_970
+    """Images with more pixels than this are refused before they are decoded."""
+
+
+class DataConfig(Section):
+    """What is learnt from."""
+
+    train: tuple[SourceConfig, ...]
+    """The datasets."""
+    template: str = "auto"
+    """Chat template: plain, vicuna_v1, llama_2, mpt, chatml, internlm2_chat, qwen, llama3, gemma,
+    or `tokenizer` for the tokenizer's own. `auto`: the tokenizer's own, or that of the checkpoint
+    gone on from."""
+    system: str | None = None
+    """System prompt; the template's default when left out."""
+    image: ImageConfig = ImageConfig()
+    """Preprocessing of images."""
+    overlong: Literal["error", "drop", "truncate_text"] = "error"
+    """A row longer than `batch.max_tokens`: stop, set it aside, or cut its end (never inside an
+    image; a row that would lose every target token is set aside)."""
+    max_dropped_frac: Frac = 0.0
+    """Fraction of rows that may be set aside before the run stops."""
+    shuffle: bool = True
+    """A new order every epoch, from `seed`; False keeps the files' order."""
+    workers: NonNegativeInt = 2
+    """Processes that read, encode and pack; 0 does it in the training process."""
+
+    @field_validator("train")
+    @classmethod
+    def _at_least_one(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if not value:
+            raise ValueError("name at least one dataset")
+        return value
+
+
+class BatchConfig(Section):
+    """How much one forward pass and one optimizer step hold."""
+
+    max_tokens: PositiveInt = 4096
+    """Tokens in one packed row (image tokens included), which is one forward pass."""
+    samples: PositiveInt | None = None
+    """Samples in one optimizer step, over all rows and devices."""
+    tokens: PositiveInt | None = None
+    """Tokens in one optimizer step, about, over all rows and devices."""
+    pack: bool = True
+    """Pack samples end to end. False gives every sample a row of its own."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.samples is None) == (self.tokens is None):
+            raise ValueError("set exactly one of batch.samples and batch.tokens")
+        if self.tokens is not None and self.tokens < self.max_tokens:
+            raise ValueError(
+                f"batch.tokens ({self.tokens}) is less than one row, batch.max_tokens"
+                f" ({self.max_tokens})"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The optimizer and its schedule."""
+
+    epochs: PositiveFloat | None = None
+    """Passes over the data. Exactly one of `epochs` and `steps`."""
+    steps: PositiveInt | None = None
+    """Optimizer steps."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of roles that name none."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of roles that name none; norms and biases never decay."""
+    betas: tuple[Frac, Frac] = (0.9, 0.999)
+    """AdamW's two decay rates."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_frac: Frac = 0.03
+    """Fraction of the steps in which the rate rises linearly from 0 (rounded up)."""
+    min_lr_frac: Frac = 0.0
+    """Where cosine and linear end, as a fraction of the peak."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm; null turns clipping off."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite: stop before the optimizer step, or skip the step
+    (and the schedule with it) and count it."""
+    max_skipped_steps: NonNegativeInt = 10
+    """With `nonfinite: skip`: more than this many stop the run."""
+    checkpoint_layers: NonNegativeInt = 0
+    """Language-model layers whose activations are recomputed in the backward pass, from the first
+    layer on; saves memory, costs time."""
+    threads: PositiveInt | None = None
+    """CPU threads for arithmetic; torch's own choice when left out."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("set exactly one of train.epochs and train.steps")
+        return self
+
+
+class SaveConfig(Section):
+    """Checkpoints."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints; null saves only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = 1
+    """Steps between lines of `metrics.jsonl` (and TensorBoard)."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run directory."""
+    progress: bool = True
+    """Show a live progress bar on a terminal."""
+
+
+class SampleAnswersConfig(Section):
+    """Answers to fixed questions while training, to watch the model learn."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between answers; null answers only before the first and after the last step."""
+    prompts: tuple[str, ...] = ()
+    """Questions; each is asked of each image (or of no image when `images` is empty)."""
+    images: tuple[str, ...] = ()
+    """Image files."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer. Decoding is greedy, so that answers can be compared."""
+
+
+class Recipe(Section):
+    """One training run, whole."""
+
+    name: str
+    """Name of the run; its directory is `runs/<name>` unless `run_dir` says otherwise."""
+    description: str = ""
+    """One sentence for `vistune recipe list`."""
+    seed: NonNegativeInt = 0
+    """Seeds weights, data order and dropout."""
+    run_dir: str | None = None
+    """Directory of the run."""
+    device: Literal["auto", "cpu", "cuda", "mps", "npu"] = "auto"
+    """`auto` takes the first accelerator present, else the CPU. ROCm and DCU are `cuda` to torch."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of weights and activations. `auto`: bf16 where the device has it in hardware,
+    fp32 on a CPU. Weights that train are kept in fp32 either way."""
+    model: ModelConfig
+    """The model."""
+    tune: TuneConfig = TuneConfig()
+    """What trains."""
+    data: DataConfig
+    """The data."""
+    batch: BatchConfig
+    """Row and step sizes."""
+    train: TrainConfig
+    """Optimizer and schedule."""
+    save: SaveConfig = SaveConfig()
+    """Checkpoints."""
+    log: LogConfig = LogConfig()
+    """Metrics."""
+    sample: SampleAnswersConfig = SampleAnswersConfig()
+    """Sample answers."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("use letters, digits, '.', '_' and '-' only")
+        return value
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if all(tune.mode == "freeze" for _, tune in self.tune):
+            raise ValueError("every role is frozen: nothing would train; set tune.<role>.mode")
+        return self
