@@ -1,1 +1,1 @@
-"""Checkpoints: self-describing directories, written atomically. Never decided by a folder's name."""
+"""Self-describing checkpoint directories, written atomically; never read by a folder's name."""

@@ -1,4 +1,4 @@
-"""The run directory: where a run's files are, by name. It writes nothing but the opening records."""
+"""Where a run's files are, by name. Writes nothing but the opening records."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _first_accelerator() -> str:
 
 def _has_bf16(kind: str) -> bool:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return kind == "npu"
 
 
@@ -109,7 +109,15 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("vistune", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy"):
+    for package in (
+        "vistune",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

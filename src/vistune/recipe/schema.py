@@ -49,7 +49,9 @@ class ConnectorConfig(Section):
     @classmethod
     def _known_kind(cls, value: str) -> str:
         if not _CONNECTOR.fullmatch(value):
-            raise ValueError(f"unknown connector '{value}'; known: linear, identity, mlp{{N}}x_gelu")
+            raise ValueError(
+                f"unknown connector '{value}'; known: linear, identity, mlp{{N}}x_gelu"
+            )
         return value
 
 
@@ -334,7 +336,7 @@ class Recipe(Section):
     run_dir: str | None = None
     """Directory of the run."""
     device: Literal["auto", "cpu", "cuda", "mps", "npu"] = "auto"
-    """`auto` takes the first accelerator present, else the CPU. ROCm and DCU are `cuda` to torch."""
+    """`auto` takes the first accelerator present, else the CPU. ROCm and DCU are `cuda`."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of weights and activations. `auto`: bf16 where the device has it in hardware,
     fp32 on a CPU. Weights that train are kept in fp32 either way."""
