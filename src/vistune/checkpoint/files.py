@@ -1,0 +1,155 @@
+"""The names of the files in a checkpoint, and the seal that says the others are whole.
+
+A checkpoint is complete when `COMPLETE` is there: it is written last and names the size and the
+SHA-256 digest of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from vistune.errors import CheckpointError
+from vistune.recipe import Section
+
+WEIGHTS_NAME = "weights.safetensors"
+"""Trained weights, by parameter name."""
+INHERITED_NAME = "inherited.safetensors"
+"""Weights that did not train in this run but differ from the parts: from the run gone on from."""
+TRAINER_NAME = "trainer.pt"
+"""Optimizer, schedule, random states, data position and counters."""
+SEAL_NAME = "COMPLETE"
+"""The seal."""
+TEMPORARY_PREFIX = ".tmp_"
+"""Start of the names of directories that are being written or deleted."""
+
+_BLOCK_BYTES = 1 << 22
+
+
+class FileSeal(Section):
+    """What one file of a checkpoint must be."""
+
+    num_bytes: int
+    """Size."""
+    sha256: str
+    """Digest of the content."""
+
+
+class Seal(Section):
+    """The content of `COMPLETE`."""
+
+    format_version: Literal[1] = 1
+    """Version of this file's form."""
+    step: int
+    """Optimizer steps done."""
+    files: dict[str, FileSeal]
+    """Every other file of the directory, by name."""
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_seal(folder: Path, *, step: int) -> None:
+    """Forces every file of `folder` to disk, then seals them.
+
+    Args:
+        folder: A directory whose files are all written.
+        step: Optimizer steps done.
+    """
+    paths = sorted(p for p in folder.iterdir() if p.name != SEAL_NAME)
+    for path in paths:
+        sync(path)
+    # Digests are computed in parallel: hashlib lets go of the interpreter lock.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(sha256, paths))
+    files = {
+        path.name: FileSeal(num_bytes=path.stat().st_size, sha256=digest)
+        for path, digest in zip(paths, digests, strict=True)
+    }
+    seal = folder / SEAL_NAME
+    seal.write_text(Seal(step=step, files=files).model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sync(seal)
+    sync(folder)
+
+
+def read_seal(folder: Path) -> Seal:
+    """Reads the seal of a checkpoint without looking at the other files.
+
+    Raises:
+        CheckpointError: It is missing or cannot be read: the checkpoint is not whole.
+    """
+    path = folder / SEAL_NAME
+    try:
+        return Seal.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the checkpoint has no {SEAL_NAME} file: it was not written to the end",
+            where=str(folder),
+        ) from error
+    except (OSError, UnicodeDecodeError, ValidationError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's {SEAL_NAME} file cannot be read",
+            where=str(path),
+            got=str(error).splitlines()[0],
+        ) from error
+
+
+def verify(folder: Path) -> Seal:
+    """Checks every file of a checkpoint against its seal and returns the seal.
+
+    Raises:
+        CheckpointError: A file is missing, or its size or digest is another.
+    """
+    seal = read_seal(folder)
+    for name, expected in seal.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError("a file of the checkpoint is missing", where=str(path))
+        size = path.stat().st_size
+        if size != expected.num_bytes:
+            raise CheckpointError(
+                "a file of the checkpoint is damaged: its size is another",
+                where=str(path),
+                got=f"{size} bytes",
+                expected=f"{expected.num_bytes} bytes",
+            )
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = pool.map(lambda name: sha256(folder / name), seal.files)
+        for (name, expected), digest in zip(seal.files.items(), digests, strict=True):
+            if digest != expected.sha256:
+                raise CheckpointError(
+                    "a file of the checkpoint is damaged: its content is another",
+                    where=str(folder / name),
+                    got=f"sha256 {digest}",
+                    expected=f"sha256 {expected.sha256}",
+                )
+    return seal
+
+
+def sync(path: Path) -> None:
+    """Forces a file's content, or a directory's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a directory by renaming it first, so that no half of it is ever taken for a whole."""
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}old_{folder.name.lstrip('.')}_{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
