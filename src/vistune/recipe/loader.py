@@ -15,12 +15,14 @@ import yaml
 from pydantic import ValidationError
 
 from vistune.errors import RecipeError
-from vistune.recipe.messages import explain
+from vistune.recipe.messages import explain, sections_in
 from vistune.recipe.schema import Recipe
 from vistune.registry import nearest
 
 KeyPath: TypeAlias = tuple[str, ...]
-_MAX_BASES = 16
+Marks: TypeAlias = dict[KeyPath, str]
+"""Where each value was written: "file.yaml:12" or "command line (key=value)"."""
+_MAX_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,20 @@ class ResolvedRecipe:
 
 
 def _annotate(text: str, resolved: ResolvedRecipe) -> str:
-    """Appends `# origin` to every line of block YAML that holds a value."""
-    sources = _positions(yaml.compose(text, Loader=yaml.SafeLoader))
+    """Appends `# origin` to every line of block YAML that ends a value."""
     lines = text.rstrip("\n").split("\n")
     width = min(max(map(len, lines)), 60)
-    for key, line in sources.items():
-        dotted = ".".join(key)
-        lines[line] = f"{lines[line]:<{width}}  # {resolved.source_of(dotted)}"
+    for key, (_, line) in _positions(yaml.compose(text, Loader=yaml.SafeLoader)).items():
+        lines[line] = f"{lines[line]:<{width}}  # {resolved.source_of('.'.join(key))}"
     return "\n".join(lines) + "\n"
 
 
-def _positions(node: yaml.Node | None, prefix: KeyPath = ()) -> dict[KeyPath, int]:
-    """Returns the line (from 0) of every scalar and empty collection below `node`."""
-    found: dict[KeyPath, int] = {}
+def _positions(node: yaml.Node | None, prefix: KeyPath = ()) -> dict[KeyPath, tuple[int, int]]:
+    """Returns the first and last line (from 0) of every scalar and empty collection below `node`.
+
+    A quoted text may run over several lines; a comment may only follow the last of them.
+    """
+    found: dict[KeyPath, tuple[int, int]] = {}
     if isinstance(node, yaml.MappingNode) and node.value:
         for key, value in node.value:
             found |= _positions(value, (*prefix, str(key.value)))
@@ -75,18 +78,28 @@ def _positions(node: yaml.Node | None, prefix: KeyPath = ()) -> dict[KeyPath, in
         for index, value in enumerate(node.value):
             found |= _positions(value, (*prefix, str(index)))
     elif node is not None:
-        found[prefix] = node.start_mark.line
+        found[prefix] = (node.start_mark.line, node.end_mark.line)
     return found
+
+
+def _shipped_folder() -> Path:
+    return Path(str(resources.files("vistune"))) / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Returns the recipes that come with the package, by name."""
-    folder = Path(str(resources.files("vistune"))) / "recipes"
-    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    folder = _shipped_folder()
+    files = sorted(folder.rglob("*.yaml"))
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in files}
 
 
-def find_recipe(name: str, *, beside: Path | None = None) -> Path:
+def find_recipe(name: str, *, beside: Path | None = None, where: str | None = None) -> Path:
     """Returns the file a recipe name means: a path, or the name of a shipped recipe.
+
+    Args:
+        name: What was written.
+        beside: Folder tried first.
+        where: The recipe whose `base` names it, for the message.
 
     Raises:
         RecipeError: Neither exists.
@@ -101,6 +114,7 @@ def find_recipe(name: str, *, beside: Path | None = None) -> Path:
     close = nearest(name, list(shipped))
     raise RecipeError(
         f"no recipe '{name}': neither a .yaml file nor a shipped recipe",
+        where=where,
         expected=(f"did you mean '{close}'? " if close else "") + "known: " + ", ".join(shipped),
         fix="vistune recipe list",
     )
@@ -112,6 +126,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a single word", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key.value}' is written twice", key.start_mark
@@ -120,83 +138,177 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def _label(path: Path) -> str:
+    """Returns how messages call a recipe file; shipped ones without the installation's folder."""
+    folder = _shipped_folder()
+    if path.is_relative_to(folder):
+        return f"shipped {path.relative_to(folder).as_posix()}"
+    return str(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Marks]:
+    label = _label(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.load(text, Loader=_UniqueKeyLoader)
+        marks = {k: f"{label}:{line + 1}" for k, (line, _) in _positions(node).items()}
     except UnicodeDecodeError as error:
-        raise RecipeError("the recipe is not UTF-8 text", where=str(path), got=error) from error
+        raise RecipeError("the recipe is not UTF-8 text", where=label, got=error) from error
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=label) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{path}{line}") from error
+        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{label}{line}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
+        raise RecipeError(f"not valid YAML: {error}", where=label) from error
+    except RecursionError as error:
+        raise RecipeError("an alias contains itself", where=label) from error
     if not isinstance(tree, dict):
         found = "an empty file" if tree is None else type(tree).__name__
-        raise RecipeError("a recipe is a mapping of keys", where=str(path), got=found)
-    return tree, {k: f"{path}:{line + 1}" for k, line in _positions(node).items()}
+        raise RecipeError("a recipe is a mapping of keys", where=label, got=found)
+    return tree, marks
 
 
-def _merge(below: Any, above: Any) -> Any:
+def _tag_key(path: KeyPath) -> str | None:
+    """Returns the key that chooses between forms of the section at `path` (`mode` in `tune.*`)."""
+    fields = Recipe.model_fields
+    for depth, part in enumerate(path):
+        if part not in fields:
+            return None
+        field = fields[part]
+        if depth == len(path) - 1:
+            return field.discriminator if isinstance(field.discriminator, str) else None
+        sections = sections_in(field.annotation)
+        if len(sections) != 1:
+            return None
+        fields = sections[0].model_fields
+    return None
+
+
+def _merge(
+    below: Any, above: Any, path: KeyPath = (), replaced: list[KeyPath] | None = None
+) -> Any:
     """Lays `above` over `below`: mappings key by key, everything else whole.
 
-    A mapping whose `mode` differs replaces the other: the keys of one mode mean nothing in another.
+    A section that takes another form (`mode: full` over `mode: lora`) replaces the one below: the
+    keys of one form mean nothing in the other.
+
+    Args:
+        below: The value so far.
+        above: The value that wins.
+        path: Where both stand in the recipe.
+        replaced: Receives the paths whose value below is gone.
     """
-    if not (isinstance(below, dict) and isinstance(above, dict)):
+    tag = _tag_key(path)
+    is_other_form = (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and tag is not None
+        and {tag} <= below.keys() & above.keys()
+        and below[tag] != above[tag]
+    )
+    if not (isinstance(below, dict) and isinstance(above, dict)) or is_other_form:
+        if replaced is not None:
+            replaced.append(path)
         return above
-    if "mode" in above and above["mode"] != below.get("mode") and "mode" in below:
-        return above
-    return {**below, **{k: _merge(below[k], v) if k in below else v for k, v in above.items()}}
+    merged = dict(below)
+    for key, value in above.items():
+        here = (*path, str(key))
+        merged[key] = _merge(below[key], value, here, replaced) if key in below else value
+    return merged
 
 
-def _load_with_bases(path: Path, depth: int = 0) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    if depth > _MAX_BASES:
-        raise RecipeError(f"more than {_MAX_BASES} recipes in a chain of `base`", where=str(path))
+def _without(marks: Marks, replaced: Sequence[KeyPath]) -> Marks:
+    """Returns the marks that do not lie at or below a replaced path."""
+    return {k: v for k, v in marks.items() if not any(k[: len(r)] == r for r in replaced)}
+
+
+def _load_with_bases(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Marks]:
+    if path.resolve() in chain:
+        shown = " -> ".join(p.name for p in (*chain, path))
+        raise RecipeError("the recipe is a base of itself", where=_label(path), got=shown)
     tree, marks = _read(path)
+    where = next((w for k, w in marks.items() if k[:1] == ("base",)), _label(path))
     bases = tree.pop("base", [])
-    for key in [k for k in marks if k[:1] == ("base",)]:
-        del marks[key]
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError("base names one recipe or a list of recipes", where=where, got=bases)
+    marks = {k: v for k, v in marks.items() if k[:1] != ("base",)}
     merged: dict[str, Any] = {}
-    merged_marks: dict[KeyPath, str] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        base, base_marks = _load_with_bases(find_recipe(str(name), beside=path.parent), depth + 1)
-        merged, merged_marks = _merge(merged, base), {**merged_marks, **base_marks}
-    return _merge(merged, tree), {**merged_marks, **marks}
+    merged_marks: Marks = {}
+    for name in names:
+        found = find_recipe(name, beside=path.parent, where=where)
+        base, base_marks = _load_with_bases(found, (*chain, path.resolve()))
+        replaced: list[KeyPath] = []
+        merged = _merge(merged, base, replaced=replaced)
+        merged_marks = {**_without(merged_marks, replaced), **base_marks}
+    replaced = []
+    merged = _merge(merged, tree, replaced=replaced)
+    return merged, {**_without(merged_marks, replaced), **marks}
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> KeyPath:
+def _leaves(value: Any, prefix: KeyPath) -> list[KeyPath]:
+    """Returns the paths of the values in a parsed override."""
+    if isinstance(value, dict) and value:
+        return [leaf for k, v in value.items() for leaf in _leaves(v, (*prefix, str(k)))]
+    if isinstance(value, list) and value:
+        return [leaf for i, v in enumerate(value) for leaf in _leaves(v, (*prefix, str(i)))]
+    return [prefix]
+
+
+def _parse_override(text: str) -> tuple[KeyPath, Any]:
     key, separator, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not separator or not all(path):
         raise RecipeError(f"'{text}' is not key=value", fix="write it as train.lr=1e-4")
+    if path[0] == "base":
+        raise RecipeError(
+            "base cannot be set on the command line",
+            got=text,
+            fix="write a recipe file with this base, and name that file",
+        )
     try:
-        parsed = yaml.safe_load(value) if value else ""
+        return path, yaml.load(value, Loader=_UniqueKeyLoader) if value else ""
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of '{key}' is not valid YAML: {value}") from error
+
+
+def _slot(here: dict[str, Any] | list[Any], part: str, path: KeyPath) -> Any:
+    """Returns what `part` of a dotted key means in `here`: a key, or the number of an entry."""
+    if isinstance(here, dict):
+        return part
+    if part.isdecimal() and int(part) < len(here):
+        return int(part)
+    raise RecipeError(
+        f"'{'.'.join(path)}': a list of {len(here)} has no entry '{part}'",
+        expected=f"0 to {len(here) - 1}" if here else "the whole list: key=[...]",
+    )
+
+
+def _apply_override(tree: dict[str, Any], marks: Marks, text: str) -> Marks:
+    """Sets one `key=value` in `tree`, in place, and returns the marks after it."""
+    path, value = _parse_override(text)
     here: Any = tree
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(here, list):
-            index = int(part) if part.isdecimal() else -1
-            if not 0 <= index < len(here):
-                raise RecipeError(
-                    f"'{key}': a list of {len(here)} has no entry '{part}'",
-                    expected=f"0 to {len(here) - 1}",
-                )
-            if last:
-                here[index] = parsed
-            here = here[index]
-        elif last:
-            here[part] = _merge(here.get(part), parsed)
-        else:
-            if not isinstance(here.get(part), (dict, list)):
-                here[part] = {}
-            here = here[part]
-    return path
+    for part in path[:-1]:
+        slot = _slot(here, part, path)
+        below = here.get(slot) if isinstance(here, dict) else here[slot]
+        if not isinstance(below, (dict, list)):
+            here[slot] = {}
+        here = here[slot]
+    slot = _slot(here, path[-1], path)
+    replaced: list[KeyPath] = []
+    if isinstance(here, dict) and slot == _tag_key(path[:-1]) and here.get(slot, value) != value:
+        here.clear()
+        here[slot] = value
+        replaced.append(path[:-1])
+    else:
+        below = here.get(slot) if isinstance(here, dict) else here[slot]
+        here[slot] = _merge(below, value, path, replaced)
+    shown = text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    written = dict.fromkeys(_leaves(value, path), f"command line ({shown})")
+    return _without(marks, replaced) | written
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
@@ -213,13 +325,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     path = find_recipe(name)
     tree, marks = _load_with_bases(path)
     for text in overrides:
-        key = _apply_override(tree, text)
-        for below in [k for k in marks if k[: len(key)] == key]:
-            del marks[below]
-        marks[key] = f"command line ({text})"
+        marks = _apply_override(tree, marks, text)
     sources = {".".join(key): where for key, where in marks.items()}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, Recipe, sources=sources, origin=str(path)) from None
-    return ResolvedRecipe(recipe=recipe, sources=sources, origin=str(path))
+        raise explain(error, Recipe, sources=sources, origin=_label(path)) from None
+    return ResolvedRecipe(recipe=recipe, sources=sources, origin=_label(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -12,18 +12,20 @@ from pydantic import BaseModel, ValidationError
 from vistune.errors import RecipeError
 from vistune.registry import nearest
 
+_MAX_SHOWN = 80
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """Returns the section classes an annotation may hold (through unions, tuples, Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) is None and not isinstance(annotation, types.UnionType):
         return []
-    return [s for part in typing.get_args(annotation) for s in _sections_in(part)]
+    return [s for part in typing.get_args(annotation) for s in sections_in(part)]
 
 
-def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    """Returns the keys allowed in the section at `path` (list numbers are skipped)."""
+def _sections_at(model: type[BaseModel], path: tuple[str, ...]) -> list[type[BaseModel]]:
+    """Returns the sections that may stand at `path` (list numbers are skipped)."""
     sections: list[type[BaseModel]] = [model]
     for part in path:
         if part.isdecimal():
@@ -31,11 +33,10 @@ def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
         fields = [s.model_fields[part] for s in sections if part in s.model_fields]
         if not fields:
             # A tag pydantic inserts for the chosen member of a union.
-            tagged = [s for s in sections if _has_tag(s, part)]
-            sections = tagged or sections
+            sections = [s for s in sections if _has_tag(s, part)] or sections
             continue
-        sections = [s for f in fields for s in _sections_in(f.annotation)]
-    return sorted({key for s in sections for key in s.model_fields})
+        sections = [s for f in fields for s in sections_in(f.annotation)]
+    return sections
 
 
 def _has_tag(section: type[BaseModel], tag: str) -> bool:
@@ -43,15 +44,38 @@ def _has_tag(section: type[BaseModel], tag: str) -> bool:
     return mode is not None and tag in typing.get_args(mode.annotation)
 
 
-def _written_path(loc: tuple[int | str, ...], sources: Mapping[str, str]) -> str:
-    """Returns the dotted key as the user wrote it: union tags that are not keys are left out."""
-    parts = [str(part) for part in loc]
-    known = {tuple(key.split(".")) for key in sources}
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields every dotted key below a section."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in sections_in(field.annotation):
+            yield from _all_keys(section, f"{prefix}{name}.")
+
+
+def _hint(unknown: str, path: tuple[str, ...], model: type[BaseModel]) -> str:
+    """Returns what an unknown key may have been meant to be."""
+    known = sorted({key for s in _sections_at(model, path) for key in s.model_fields})
+    elsewhere = sorted({key for key in _all_keys(model) if key.rpartition(".")[2] == unknown})
+    close = nearest(unknown, known)
+    if elsewhere and (close is None or len(elsewhere) == 1):
+        return "did you mean " + " or ".join(f"'{key}'" for key in elsewhere[:4]) + "?"
+    if close is not None:
+        return f"did you mean '{close}'?"
+    return "known: " + ", ".join(known) if known else "no key is known here"
+
+
+def _written_path(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """Returns the dotted key as the user wrote it: what pydantic adds for unions is left out."""
+    parts = [str(part) for part in problem["loc"]]
     kept: list[str] = []
+    sections: list[type[BaseModel]] = [model]
     for index, part in enumerate(parts):
-        candidate = (*kept, part)
-        is_written = any(key[: len(candidate)] == candidate for key in known)
-        if is_written or index == len(parts) - 1 or part.isdecimal():
+        fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+        is_unknown_key = problem["type"] == "extra_forbidden" and index == len(parts) - 1
+        if fields:
+            sections = [s for f in fields for s in sections_in(f.annotation)]
+            kept.append(part)
+        elif part.isdecimal() or is_unknown_key:
             kept.append(part)
     return ".".join(kept)
 
@@ -64,6 +88,31 @@ def _where(key: str, sources: Mapping[str, str], origin: str) -> str:
         return below[0]
     parent = key.rpartition(".")[0]
     return _where(parent, sources, origin) if parent else origin
+
+
+def _sentence(problem: Mapping[str, Any], key: str, model: type[BaseModel]) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'; {_hint(path[-1], path[:-1], model)}"
+    if kind == "missing":
+        return f"the key '{key}' is missing"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = problem["ctx"]["discriminator"].strip("'")
+        tags = sorted({t for s in _sections_at(model, path) for t in _tags(s, tag)})
+        given = problem["ctx"].get("tag")
+        found = "is missing" if given is None else f"is '{given}'"
+        return f"'{key}.{tag}' {found}; set it to one of: {', '.join(tags)}"
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= _MAX_SHOWN else shown[: _MAX_SHOWN - 3] + "..."
+    return f"{key}: {message} (got {shown})"
+
+
+def _tags(section: type[BaseModel], tag: str) -> tuple[str, ...]:
+    field = section.model_fields.get(tag)
+    return () if field is None else typing.get_args(field.annotation)
 
 
 def explain(
@@ -81,23 +130,20 @@ def explain(
         sources: Dotted key -> where it was written.
         origin: The recipe file, for keys written nowhere.
     """
-    lines = []
+    by_key: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
-        key = _written_path(problem["loc"], sources)
-        path = tuple(str(part) for part in problem["loc"])
-        where = _where(key, sources, origin)
-        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-        if kind == "extra_forbidden":
-            known = _known_keys(model, path[:-1])
-            close = nearest(path[-1], known)
-            hint = f"did you mean '{close}'?" if close else "known: " + ", ".join(known)
-            text = f"unknown key '{key}'; {hint}"
-        elif kind == "missing":
-            text = f"the key '{key}' is missing"
-        elif kind == "value_error":
-            text = f"{key}: {message}" if key else message
-        else:
-            text = f"{key}: {message} (got {problem['input']!r})"
-        lines.append(f"{where}: {text}")
-    head = "the recipe does not fit the schema" if len(lines) > 1 else "the recipe does not fit"
-    return RecipeError(head + "".join(f"\n  {line}" for line in lines), fix="vistune recipe schema")
+        key = _written_path(problem, model)
+        by_key.setdefault(key, []).append(_sentence(problem, key, model))
+    found: list[tuple[str, str]] = []
+    for key, sentences in by_key.items():
+        # One value refused by every member of a union is one problem, not several.
+        first, *others = sentences
+        also = [s.removeprefix(f"{key}: ").rpartition(" (got ")[0] for s in others]
+        text = "; or ".join([first, *filter(None, also)])
+        found.append((_where(key, sources, origin), text))
+    fix = "vistune recipe schema lists every key"
+    if len(found) == 1:
+        where, text = found[0]
+        return RecipeError(text, where=where, fix=fix)
+    lines = "".join(f"\n  {where}: {text}" for where, text in found)
+    return RecipeError(f"{len(found)} values do not fit the schema{lines}", fix=fix)

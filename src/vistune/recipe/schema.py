@@ -85,8 +85,14 @@ class ModelConfig(Section):
         if self.from_checkpoint is None and None in parts:
             raise ValueError("name both vision_tower and language_model, or from_checkpoint")
         if self.from_checkpoint is not None:
-            given = self.model_fields_set & {"vision_tower", "language_model", "connector"}
-            given = {name for name in given if getattr(self, name) is not None}
+            # What stands at its default says nothing: a resolved recipe writes every key.
+            defaults = {
+                "vision_tower": None,
+                "connector": ConnectorConfig(),
+                "language_model": None,
+            }
+            values = {name: getattr(self, name) for name in defaults}
+            given = {name for name, value in values.items() if value != defaults[name]}
             if given:
                 raise ValueError(
                     f"from_checkpoint already says what the model is; leave out {sorted(given)}"
