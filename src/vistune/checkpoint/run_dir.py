@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +71,11 @@ class RunDirectory:
         return self.path / "quarantine.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """One JSON object per optimizer step skipped for a loss or norm that was not finite."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Parent of the checkpoints."""
         return self.path / "checkpoints"
@@ -88,7 +97,52 @@ class RunDirectory:
                 fix="add --resume to go on with it, --overwrite to discard it, or name another"
                 " with run_dir=...",
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run directory cannot be made: {error.strerror}",
+                where=str(self.path),
+                fix="name another with run_dir=...",
+            ) from error
+
+    def discard_run(self) -> None:
+        """Deletes the files of a run, and nothing else that may lie in the directory."""
+        for folder in (self.checkpoints, self.tensorboard, self.samples):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        records = (self.recipe, self.provenance, self.metrics, self.skipped)
+        for file in (*records, self.check_report, self.quarantine):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the directory for this process, so that two runs never write into it at once.
+
+        The system lets go of the lock when the process ends, however it ends.
+
+        Raises:
+            CheckpointError: Another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # a system without POSIX locks: nothing to hold
+            yield
+            return
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise CheckpointError(
+                    f"another process ({file.read().strip()}) is training in this directory",
+                    where=str(self.path),
+                    fix="wait for it or stop it, or name another directory with run_dir=...",
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
 
     def record_start(
         self, resolved: ResolvedRecipe, *, versions: dict[str, str], device: str, resumed_from: int

@@ -1,0 +1,415 @@
+"""The steps of a run, over whatever model and data it is given, from wherever it stands.
+
+It knows neither files formats nor model families: it is handed a model, its groups of trained
+parameters and a source of packed rows. `loop.train` says where these come from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from vistune.checkpoint.files import sync
+from vistune.checkpoint.manifest import Manifest
+from vistune.checkpoint.save import CheckpointContent, save_checkpoint
+from vistune.device import Device
+from vistune.errors import CheckpointError, DataError, NonFiniteError, TrainingError
+from vistune.parallel import SingleProcess, Strategy
+from vistune.recipe import Recipe
+from vistune.train.hooks import Hook
+from vistune.train.interrupt import StopRequest
+from vistune.train.opening import OpenRun
+from vistune.train.optim import ParameterGroup, build_optimizer, peak_lrs
+from vistune.train.record import Clock, StepRecord
+from vistune.train.schedule import Schedule
+from vistune.train.state import random_state, set_random_state
+from vistune.train.step import LossModule, StepSums, backward_step
+from vistune.types import Batch
+
+
+class StepSource(Protocol):
+    """Where rows come from (see `data.loader.TrainData`)."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in one epoch."""
+        ...
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Returns the optimizer steps of an epoch."""
+        ...
+
+    def steps(self, start_step: int) -> Iterator[list[Batch]]:
+        """Yields the rows of each step without end, from step `start_step` (from 0) on."""
+        ...
+
+    def close(self) -> None:
+        """Ends worker processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        run_dir: The run directory.
+        checkpoint: The newest checkpoint.
+        steps: Optimizer steps done.
+        total_steps: Optimizer steps the recipe asks for.
+        first_loss: Loss of the first step of this process; None if it did none.
+        final_loss: Loss of the last step of this process; None if it did none.
+        seconds: Wall time of the steps of this process.
+        skipped_steps: Steps skipped because loss or norm was not finite.
+        rejected_rows: Rows that could not be read while training.
+        interrupted_by: Name of the signal that ended it early, or None.
+    """
+
+    run_dir: Path
+    checkpoint: Path
+    steps: int
+    total_steps: int
+    first_loss: float | None
+    final_loss: float | None
+    seconds: float
+    skipped_steps: int
+    rejected_rows: int
+    interrupted_by: str | None = None
+
+
+@dataclass
+class Job:
+    """Everything the steps need.
+
+    Args:
+        recipe: The recipe.
+        opened: The run directory and where the run stands.
+        device: Where to compute.
+        model: The model, its weights in place, on the device.
+        groups: Its trained parameters.
+        vocabulary_size: Width of the logits.
+        sources: Names of the data sources.
+        data: The rows.
+        manifest: Describes the checkpoint after a step.
+        inherited: Weights that did not train but differ from the parts.
+        hooks: Made for the total number of steps.
+        console: Where events are said.
+        strategy: How a step is spread over processes.
+    """
+
+    recipe: Recipe
+    opened: OpenRun
+    device: Device
+    model: nn.Module
+    groups: Sequence[ParameterGroup]
+    vocabulary_size: int
+    sources: tuple[str, ...]
+    data: StepSource
+    manifest: Callable[[int], Manifest]
+    hooks: Callable[[int], list[Hook]]
+    console: Console
+    inherited: dict[str, torch.Tensor] = field(default_factory=dict)
+    strategy: Strategy = field(default_factory=SingleProcess)
+
+
+def fit(job: Job) -> TrainResult:
+    """Runs a job to its end, to a stop signal, or to an error that says where it stopped.
+
+    Raises:
+        NonFiniteError: Loss or gradient norm is not finite.
+        DataError: More rows could not be read than the recipe allows.
+        CheckpointError: A checkpoint does not fit or cannot be written.
+        TrainingError: The device is out of memory.
+    """
+    return _Steps(job).run()
+
+
+def num_steps(recipe: Recipe, data: StepSource) -> int:
+    """Returns the optimizer steps a recipe asks for; a fraction of an epoch is rounded up."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    whole = int(recipe.train.epochs)
+    steps = sum(data.steps_per_epoch(epoch) for epoch in range(whole))
+    rest = recipe.train.epochs - whole
+    return steps + (-int(-rest * data.steps_per_epoch(whole) // 1) if rest > 0 else 0)
+
+
+class _Steps:
+    """The state of a running job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.recipe = job.recipe
+        self.progress = job.opened.progress
+        self.directory = job.opened.directory
+        self.total_steps = num_steps(job.recipe, job.data)
+        self.schedule = Schedule.of(job.recipe.train, total_steps=self.total_steps)
+        self.peak_lrs = peak_lrs(job.groups)
+        self.autocast = torch.bfloat16 if job.device.dtype == torch.bfloat16 else None
+        self.clock = Clock()
+        self.saved_step: int | None = None
+        self.first_loss: float | None = None
+        self.final_loss: float | None = None
+
+    def run(self) -> TrainResult:
+        """Restores, steps, saves."""
+        started_s = time.perf_counter()
+        module = self._prepare()
+        if self.progress.step >= self.total_steps and self.job.opened.checkpoint is not None:
+            self.job.console.print(f"the run is already complete ({self.total_steps} steps)")
+            return self._result(0.0, None)
+        hooks = self.job.hooks(self.total_steps)
+        try:
+            with StopRequest() as stop:
+                for hook in hooks:
+                    hook.on_start(self.progress.step)
+                started_s = time.perf_counter()
+                self._loop(module, hooks, stop)
+                self._save()
+        finally:
+            for hook in hooks:
+                hook.close()
+            self.job.data.close()
+        return self._result(time.perf_counter() - started_s, stop.signal_name)
+
+    def _prepare(self) -> nn.Module:
+        """Makes the optimizer and puts the checkpoint's state in place."""
+        job = self.job
+        module = LossModule(job.model, sources=job.sources, vocabulary_size=job.vocabulary_size)
+        trainer = job.opened.trainer
+        wrapped = job.strategy.prepare(
+            module,
+            lambda _: build_optimizer(job.model.named_parameters(), job.groups, self.recipe.train),
+            restored=None if trainer is None else trainer["optimizer"],
+        )
+        if trainer is not None:
+            self._require_same_work(trainer)
+            set_random_state(trainer["rng"], job.device.torch_device)
+        return wrapped
+
+    def _require_same_work(self, trainer: dict[str, Any] | Any) -> None:
+        before, now = trainer["work"], self._work()
+        differing = [key for key in now if before.get(key) != now[key]]
+        if self.schedule.shape == "constant" and self.schedule.warmup_steps == 0:
+            differing = [key for key in differing if key != "schedule"]
+        if differing:
+            raise CheckpointError(
+                "the data or the number format is not that of the run: resuming would not go on"
+                " with the same run",
+                where=str(self.job.opened.checkpoint),
+                got=", ".join(f"{key}: {now[key]}" for key in differing),
+                expected=", ".join(f"{key}: {before.get(key)}" for key in differing),
+                fix="bring back the data and device of the run, or start a new run",
+            )
+
+    def _work(self) -> dict[str, Any]:
+        """Returns what must be the same on resume and does not stand in the recipe."""
+        return {
+            "num_samples": self.job.data.num_samples,
+            "dtype": str(self.job.device.dtype),
+            "schedule": asdict(self.schedule),
+        }
+
+    def _loop(self, module: nn.Module, hooks: list[Hook], stop: StopRequest) -> None:
+        job, progress = self.job, self.progress
+        steps = job.data.steps(progress.data_step)
+        self.clock = Clock()
+        while progress.step < self.total_steps and stop.signal_name is None:
+            waiting_s = time.perf_counter()
+            rows = next(steps)
+            self.clock.wait_s += time.perf_counter() - waiting_s
+            progress.data_step += 1
+            self._count_rejected(rows)
+            with self._out_of_memory_explained(rows):
+                sums = backward_step(
+                    job.strategy,
+                    module,
+                    rows,
+                    sources=job.sources,
+                    device=job.device.torch_device,
+                    autocast_dtype=self.autocast,
+                    clip_norm=self.recipe.train.clip_norm,
+                )
+                if not self._is_usable(sums, rows):
+                    job.strategy.step(lr_factor=None)
+                    continue
+                factor = self.schedule.factor(progress.step)
+                job.strategy.step(lr_factor=factor)
+            self._count(sums)
+            self._after_step(sums, factor, hooks)
+
+    def _after_step(self, sums: StepSums, factor: float, hooks: list[Hook]) -> None:
+        step = self.progress.step
+        last = step == self.total_steps
+        if step % self.recipe.log.every_steps == 0 or last:
+            record = self._record(sums, factor)
+            for hook in hooks:
+                hook.on_record(record)
+        aside_s = time.perf_counter()
+        for hook in hooks:
+            hook.on_step(step, last=last)
+        every = self.recipe.save.every_steps
+        if every is not None and step % every == 0:
+            self._save()
+        self.clock.pause(time.perf_counter() - aside_s)
+
+    def _record(self, sums: StepSums, factor: float) -> StepRecord:
+        return self.clock.record(
+            sums,
+            self.progress,
+            lr={role: lr * factor for role, lr in self.peak_lrs.items()},
+            device=self.job.device,
+            num_samples=self.job.data.num_samples,
+        )
+
+    def _count(self, sums: StepSums) -> None:
+        self.clock.add(sums)
+        self.progress.step += 1
+        self.progress.num_samples += sums.num_samples
+        self.progress.num_tokens += sums.num_tokens
+        self.progress.num_target_tokens += sums.num_targets
+        self.first_loss = sums.loss if self.first_loss is None else self.first_loss
+        self.final_loss = sums.loss
+
+    def _is_usable(self, sums: StepSums, rows: Sequence[Batch]) -> bool:
+        """Says whether a step may update the weights; counts or raises when not."""
+        if sums.num_targets == 0:
+            return False  # every row of the step was rejected, and is counted as such
+        if sums.is_finite:
+            return True
+        train, progress = self.recipe.train, self.progress
+        ids = [sample_id for row in rows for sample_id in row.sample_ids]
+        progress.skipped_steps += train.nonfinite == "skip"
+        if train.nonfinite == "stop" or progress.skipped_steps > train.max_skipped_steps:
+            raise _nonfinite(sums, ids, step=progress.step + 1, skipped=progress.skipped_steps)
+        entry = {
+            "step": progress.step + 1,
+            "data_step": progress.data_step,
+            "loss": str(sums.loss),
+            "grad_norm": str(sums.grad_norm),
+            "sample_ids": ids,
+        }
+        _append_json(self.directory.skipped, [entry])
+        self.job.console.print(
+            f"[yellow]step {progress.step + 1} skipped[/]: loss {sums.loss}, gradient norm"
+            f" {sums.grad_norm}; samples in {self.directory.skipped}"
+            f" ({progress.skipped_steps} of at most {train.max_skipped_steps})",
+            soft_wrap=True,
+        )
+        return False
+
+    def _count_rejected(self, rows: Sequence[Batch]) -> None:
+        """Writes rows that failed in a worker to the quarantine; too many stop the run."""
+        known = {(source, where) for source, where in self.progress.rejected}
+        fresh = [
+            rejected
+            for row in rows
+            for rejected in row.rejected
+            if (rejected.source, rejected.where) not in known
+        ]
+        if not fresh:
+            return
+        _append_json(self.directory.quarantine, [asdict(rejected) for rejected in fresh])
+        self.progress.rejected += [[r.source, r.where] for r in fresh]
+        for rejected in fresh:
+            self.job.console.print(
+                f"[yellow]row not used[/]: {rejected.source}, {rejected.where}:"
+                f" {rejected.detail} ({rejected.reason})",
+                soft_wrap=True,
+            )
+        count, total = len(self.progress.rejected), self.job.data.num_samples
+        if count > self.recipe.data.max_dropped_frac * total:
+            worst = fresh[0]
+            raise DataError(
+                f"{count} of {total} rows could not be read while training, more than"
+                f" data.max_dropped_frac ({self.recipe.data.max_dropped_frac:g}) allows",
+                where=f"{worst.source}, {worst.where} (id {worst.id})",
+                got=f"{worst.reason}: {worst.detail}",
+                fix=f"{worst.fix}; or raise data.max_dropped_frac. All of them:"
+                f" {self.directory.quarantine}",
+            )
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this very step, unless there is one."""
+        job, progress = self.job, self.progress
+        if self.saved_step == progress.step:
+            return
+        if self.directory.metrics.is_file():
+            sync(self.directory.metrics)  # what is before the checkpoint must outlive it
+        state = job.strategy.state()
+        content = CheckpointContent(
+            step=progress.step,
+            weights=state.weights,
+            inherited=job.inherited,
+            manifest=job.manifest(progress.step),
+            trainer={
+                "progress": progress.to_state(),
+                "optimizer": state.optimizer,
+                "rng": random_state(job.device.torch_device),
+                "work": self._work(),
+            },
+        )
+        save_checkpoint(
+            self.directory.checkpoint(progress.step), content, keep=self.recipe.save.keep
+        )
+        self.saved_step = progress.step
+
+    def _result(self, seconds: float, interrupted_by: str | None) -> TrainResult:
+        progress = self.progress
+        return TrainResult(
+            run_dir=self.directory.path,
+            checkpoint=self.directory.checkpoint(progress.step),
+            steps=progress.step,
+            total_steps=self.total_steps,
+            first_loss=self.first_loss,
+            final_loss=self.final_loss,
+            seconds=seconds,
+            skipped_steps=progress.skipped_steps,
+            rejected_rows=len(progress.rejected),
+            interrupted_by=interrupted_by if progress.step < self.total_steps else None,
+        )
+
+    @contextmanager
+    def _out_of_memory_explained(self, rows: Sequence[Batch]) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            longest = max(row.num_tokens for row in rows)
+            raise TrainingError(
+                f"the device ran out of memory at step {self.progress.step + 1}",
+                where=self.job.device.name,
+                got=f"a row of {longest} tokens; {str(error).splitlines()[0]}",
+                fix=f"lower batch.max_tokens ({self.recipe.batch.max_tokens}) or raise"
+                f" train.checkpoint_layers ({self.recipe.train.checkpoint_layers}); a step may be"
+                " split into more rows without changing what is learnt",
+            ) from error
+
+
+def _nonfinite(sums: StepSums, sample_ids: list[str], *, step: int, skipped: int) -> NonFiniteError:
+    shown = ", ".join(sample_ids[:32])
+    more = f" and {len(sample_ids) - 32} more" if len(sample_ids) > 32 else ""
+    after = f" after {skipped - 1} skipped steps" if skipped > 1 else ""
+    return NonFiniteError(
+        f"loss or gradient norm is not finite at step {step}{after}: the weights were not changed",
+        where=f"samples {shown}{more}",
+        got=f"loss {sums.loss}, gradient norm {sums.grad_norm}",
+        expected="finite numbers",
+        fix="lower train.lr or raise train.warmup_frac; look at these samples; try dtype=fp32;"
+        " train.nonfinite=skip leaves such steps out. --resume goes on from the last checkpoint",
+    )
+
+
+def _append_json(path: Path, entries: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for entry in entries:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,0 +1,34 @@
+"""Training mode, set from outside on a model's modules by role.
+
+Frozen roles stay in evaluation mode: their dropout would only add noise, and batch-norm statistics
+would drift although nothing trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from vistune.recipe import TuneConfig
+from vistune.types import ROLES, RoleName
+
+
+def set_training_mode(
+    model: nn.Module, tune: TuneConfig, prefixes: dict[RoleName, Iterable[str]]
+) -> None:
+    """Puts what trains in training mode and every frozen role in evaluation mode.
+
+    Args:
+        model: The model.
+        tune: What trains.
+        prefixes: Role -> paths of its modules.
+    """
+    model.train()
+    named = dict(model.named_modules())
+    modes = {role: dict(tune)[role].mode for role in ROLES}
+    # Outer modules first: a head inside a frozen language model still follows its own mode.
+    paths = sorted((path.rstrip("."), role) for role in ROLES for path in prefixes[role])
+    for path, role in paths:
+        if path in named:
+            named[path].train(modes[role] != "freeze")

@@ -1,0 +1,79 @@
+"""AdamW over the trained parameters, grouped by role; frozen weights have no state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vistune.recipe import TrainConfig
+from vistune.types import RoleName
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class ParameterGroup(Protocol):
+    """Trained parameters with one learning rate and weight decay (made by `models.tune`)."""
+
+    @property
+    def role(self) -> RoleName:
+        """The role they play."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Parameter names of the model."""
+        ...
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: Sequence[ParameterGroup],
+    train: TrainConfig,
+) -> torch.optim.AdamW:
+    """Makes AdamW, fused where the device has it.
+
+    Args:
+        parameters: Named parameters of the model, on their device.
+        groups: Which of them train, and how fast.
+        train: Betas and epsilon.
+
+    Returns:
+        The optimizer; each of its groups carries `names`, `role` and `peak_lr`.
+    """
+    known = dict(parameters)
+    rows = [
+        {
+            "params": [known[name] for name in group.names],
+            "names": list(group.names),
+            "role": group.role,
+            "lr": group.lr,
+            "peak_lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+    ]
+    kinds = {p.device.type for row in rows for p in row["params"]}  # type: ignore[attr-defined]
+    return torch.optim.AdamW(
+        rows,
+        betas=train.betas,
+        eps=train.eps,
+        fused=all(kind in _FUSED_DEVICES for kind in kinds),
+    )
+
+
+def peak_lrs(groups: Sequence[ParameterGroup]) -> dict[str, float]:
+    """Returns the peak learning rate of each role that trains."""
+    return {group.role: group.lr for group in groups}
