@@ -24,6 +24,8 @@ from vistune.quickstart.shapes import ShapeImage, Turn
 
 MAX_TURNS = 6
 _IMAGE = "<image>\n"
+_STAGE1, _STAGE2, _HELDOUT = "stage1.json", "stage2.json", "heldout.jsonl"
+_CARD, _IMAGES = "card.json", "images"
 # A few plain exchanges, so that a turn without an image stays an ordinary turn.
 _TEXT_ROWS = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -143,7 +145,7 @@ def build_datasets(
             held-out image has the pixels of a training image.
     """
     plan = plan or DatasetPlan()
-    folder = _ImageFolder(destination / "images")
+    folder = _ImageFolder(destination / _IMAGES)
     train, train_unsettled = shapes.read_split(easy_vqa, "train")
     test, test_unsettled = shapes.read_split(easy_vqa, "test")
     seen = scenes.read_drawings(drawings, names)
@@ -170,20 +172,29 @@ def build_datasets(
     }
     kinds = Counter(f"heldout {row['type']} {row['language']}" for row in heldout)
     counts.update(sorted(kinds.items()))
-    built = BuiltDatasets(
-        stage1=destination / "stage1.json",
-        stage2=destination / "stage2.json",
-        heldout=destination / "heldout.jsonl",
-        images=folder.root,
-        card=destination / "card.json",
-        counts=counts,
-    )
-    _write_lines(built.stage1, stage1, as_list=True)
-    _write_lines(built.stage2, stage2, as_list=True)
-    _write_lines(built.heldout, heldout, as_list=False)
+    _write_lines(destination / _STAGE1, stage1, as_list=True)
+    _write_lines(destination / _STAGE2, stage2, as_list=True)
+    _write_lines(destination / _HELDOUT, heldout, as_list=False)
     card = {"plan": asdict(plan), "counts": counts}
-    built.card.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    return built
+    (destination / _CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return built_in(destination)
+
+
+def built_in(folder: Path) -> BuiltDatasets:
+    """The files that `build_datasets` wrote into a folder.
+
+    Args:
+        folder: What was given as `destination`.
+    """
+    card = json.loads((folder / _CARD).read_text("utf-8"))
+    return BuiltDatasets(
+        stage1=folder / _STAGE1,
+        stage2=folder / _STAGE2,
+        heldout=folder / _HELDOUT,
+        images=folder / _IMAGES,
+        card=folder / _CARD,
+        counts=card["counts"],
+    )
 
 
 Row = dict[str, object]
