@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake import FakeData, resolved_recipe, run
 from rich.console import Console
 from safetensors.torch import load_file
+from train_fakes import FakeData, resolved_recipe, run
+
 from vistune.checkpoint.load import list_checkpoints
 from vistune.errors import CheckpointError, DataError, NonFiniteError
 from vistune.types import Rejected
@@ -83,7 +85,7 @@ import sys, time
 sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from fake import FakeData, resolved_recipe, run
+from train_fakes import FakeData, resolved_recipe, run
 
 class Slow(FakeData):
     def steps(self, start_step):
@@ -129,8 +131,7 @@ def test_lines_after_the_checkpoint_are_cut_on_resume(tmp_path):
         (path / "COMPLETE").unlink()
     with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    lines: list[str] = []
-    console = Console(file=open(os.devnull, "w"), record=True, width=200)
+    console = Console(file=io.StringIO(), record=True, width=200)
     run(recipe, resume=True, console=console)
     lines = console.export_text().splitlines()
     assert losses(tmp_path / "r") == whole
@@ -146,7 +147,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path):
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    console = Console(file=open(os.devnull, "w"), record=True, width=200)
+    console = Console(file=io.StringIO(), record=True, width=200)
     result = run(recipe, resume=True, console=console)
     text = console.export_text()
     assert "step_00000008/weights.safetensors" in text and "sha256" in text

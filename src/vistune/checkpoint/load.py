@@ -144,11 +144,12 @@ def read_weights(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, torch.Tens
     """
     path = folder / name
     try:
-        return load_file(path)
+        weights: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             "the weights cannot be read", where=str(path), got=str(error)
         ) from error
+    return weights
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:

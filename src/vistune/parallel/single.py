@@ -46,7 +46,7 @@ class SingleProcess:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`."""
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def clip_grad_norm(self, max_norm: float | None) -> torch.Tensor:
         """Clips and returns the norm of all gradients. See `Strategy.clip_grad_norm`."""

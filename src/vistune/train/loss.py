@@ -41,7 +41,9 @@ def target_nll(
     chunks = [
         checkpoint(_nll, hidden, ids, logits, use_reentrant=False, preserve_rng_state=False)
         for hidden, ids in zip(
-            hidden_MD.split(chunk_targets), target_ids_M.split(chunk_targets), strict=True
+            torch.split(hidden_MD, chunk_targets),
+            torch.split(target_ids_M, chunk_targets),
+            strict=True,
         )
     ]
     return torch.cat(chunks)

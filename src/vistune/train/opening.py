@@ -147,7 +147,7 @@ def require_same_recipe(
     """
     after = resolved.recipe.model_dump(mode="json")
     train = resolved.recipe.train
-    free = FREE_KEYS
+    free: tuple[str, ...] = FREE_KEYS
     if train.schedule == "constant" and train.warmup_frac == 0:
         free += LENGTH_KEYS
     old, new = _flatten(before), _flatten(after)

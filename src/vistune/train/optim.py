@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def build_optimizer(
         The optimizer; each of its groups carries `names`, `role` and `peak_lr`.
     """
     known = dict(parameters)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "params": [known[name] for name in group.names],
             "names": list(group.names),
@@ -65,7 +65,7 @@ def build_optimizer(
         }
         for group in groups
     ]
-    kinds = {p.device.type for row in rows for p in row["params"]}  # type: ignore[attr-defined]
+    kinds = {p.device.type for row in rows for p in row["params"]}
     return torch.optim.AdamW(
         rows,
         betas=train.betas,

@@ -53,8 +53,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
         Tensors, numbers and lists only, so that it can be read without running code.
     """
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert name == "MT19937"
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)
+    _, keys, position, has_gauss, cached = numpy_state
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import nn
+
 from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest
 from vistune.device import Device, seed_everything
