@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from vistune.errors import ImageError, ModelError, WeightsError
+from vistune.errors import ModelError, WeightsError
 
 # (kernel, stride, expansion, output channels, repeats) of the seven stages of Lite0.
 LITE0_STAGES: tuple[tuple[int, int, int, int, int], ...] = (
@@ -38,7 +38,7 @@ _BATCH_NORM_EPS = 1e-3
 _BATCH_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
-class EfficientNetLiteConfig(PreTrainedConfig):
+class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of an EfficientNet-Lite trunk and the features it hands out.
 
     Args:
@@ -49,6 +49,9 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         feature_maps: Which maps make up a patch's feature vector, in this order: "head" (the
             last 1x1 convolution) or "stage1" to "stage7" (a stage's output). A map finer than
             one cell per 32 pixels is folded, space to depth, so the number of patches stays.
+        normalize: Whether each map's vector is brought to mean 0 and variance 1 over its
+            channels, without learned parts. The raw maps have scales from 0.2 to 7, and a
+            connector learns several times faster from normalised ones.
     """
 
     model_type = "efficientnet_lite"
@@ -60,6 +63,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         head_channels: int = 1280,
         stages: list[list[int]] | tuple[tuple[int, int, int, int, int], ...] = LITE0_STAGES,
         feature_maps: list[str] | tuple[str, ...] = (HEAD,),
+        normalize: bool = True,
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -67,6 +71,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         self.head_channels = head_channels
         self.stages = [list(stage) for stage in stages]
         self.feature_maps = list(feature_maps)
+        self.normalize = normalize
         self.patch_size = GRID_STRIDE_PX
         widths = _feature_widths(self.stages, head_channels=head_channels)
         for name in self.feature_maps:
@@ -123,8 +128,8 @@ class _Conv(nn.Module):
         """Maps [N, C, H, W] to [N, C', H / stride, W / stride]."""
         if self.pad is not None:
             x_NCHW = F.pad(x_NCHW, self.pad)
-        x_NCHW = self.conv(x_NCHW)
-        return F.relu6(x_NCHW) if self.act else x_NCHW
+        y_NCHW: Tensor = self.conv(x_NCHW)
+        return F.relu6(y_NCHW) if self.act else y_NCHW
 
 
 class _Block(nn.Module):
@@ -144,12 +149,12 @@ class _Block(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, C', H / stride, W / stride]."""
-        y_NCHW = x_NCHW if self.expand is None else self.expand(x_NCHW)
+        y_NCHW: Tensor = x_NCHW if self.expand is None else self.expand(x_NCHW)
         y_NCHW = self.project(self.depthwise(y_NCHW))
         return x_NCHW + y_NCHW if self.residual else y_NCHW
 
 
-class EfficientNetLiteModel(PreTrainedModel):
+class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
     """EfficientNet-Lite trunk whose output is one feature vector per 32x32 pixel cell.
 
     Args:
@@ -164,6 +169,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
         self.feature_maps: tuple[str, ...] = tuple(config.feature_maps)
+        self.normalize: bool = config.normalize
         width = config.stem_channels
         self.stem = _Conv(3, width, kernel=3, stride=2, groups=1, act=True)
         stages: list[nn.Module] = []
@@ -197,11 +203,11 @@ class EfficientNetLiteModel(PreTrainedModel):
             D = `config.hidden_size`.
 
         Raises:
-            ImageError: An edge is not a multiple of 32.
+            ModelError: An edge is not a multiple of 32.
         """
         height, width = pixel_values.shape[-2:]
         if height % GRID_STRIDE_PX or width % GRID_STRIDE_PX:
-            raise ImageError(
+            raise ModelError(
                 "the tower reads cells of 32 pixels",
                 got=f"{height}x{width} px",
                 expected="height and width that are multiples of 32",
@@ -214,12 +220,14 @@ class EfficientNetLiteModel(PreTrainedModel):
             maps[f"stage{index}"] = x_NCHW
         if HEAD in self.feature_maps:
             maps[HEAD] = self.head(x_NCHW)
-        cells = [
-            F.pixel_unshuffle(maps[name], maps[name].shape[-1] * GRID_STRIDE_PX // width)
-            for name in self.feature_maps
-        ]
-        features_NCP = torch.cat(cells, dim=1).flatten(2)
-        return BaseModelOutput(last_hidden_state=features_NCP.transpose(1, 2).contiguous())
+        cells = [self._cells(maps[name], width) for name in self.feature_maps]
+        return BaseModelOutput(last_hidden_state=torch.cat(cells, dim=-1))
+
+    def _cells(self, map_NCYX: Tensor, width_px: int) -> Tensor:
+        """Folds a map to the 32-pixel grid: [N, C, Y, X] to [N, P, D]."""
+        fold = map_NCYX.shape[-1] * GRID_STRIDE_PX // width_px
+        cells_NPD = F.pixel_unshuffle(map_NCYX, fold).flatten(2).transpose(1, 2).contiguous()
+        return F.layer_norm(cells_NPD, cells_NPD.shape[-1:]) if self.normalize else cells_NPD
 
 
 def import_weights(
