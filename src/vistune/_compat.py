@@ -1,0 +1,144 @@
+"""Everything that leans on an interface of another library that may move. Not a place for features.
+
+Each item says what it relies on, in which versions that was checked, and when it can go.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+__all__ = [
+    "decoder_of",
+    "embedding_scale",
+    "register_attention",
+    "sdpa_attention_forward",
+    "set_recompute",
+    "uses_attention_interface",
+    "varlen_attention",
+]
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """Files an attention function under `name` for every transformers model.
+
+    Masks of padded batches are made as for torch's SDPA. A 4-D mask reaches the function as it was
+    given (transformers 5.17 and 5.23, `_preprocess_mask_arguments`), which packing relies on.
+    """
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def uses_attention_interface(model: Any) -> bool:
+    """Whether the classes of a transformers model take their attention from the interface.
+
+    Relies on the class attribute `_supports_attention_backend` (transformers 5.17 and 5.23).
+    """
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def decoder_of(language_model: Any) -> nn.Module:
+    """Returns the causal language model without its head (`base_model`, 5.17 and 5.23)."""
+    decoder = language_model.base_model
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """Returns the factor that an embedding module applies to what it looks up.
+
+    Gemma's embedding module multiplies by the root of the width (`scalar_embed_scale`, 5.17 and
+    5.23). Models that multiply inside their forward pass scale image embeddings by themselves.
+    """
+    return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def set_recompute(layer: nn.Module, *, on: bool) -> bool:
+    """Turns activation checkpointing of one decoder layer on or off.
+
+    Relies on `GradientCheckpointingLayer.gradient_checkpointing` and
+    `_gradient_checkpointing_func` (5.17 and 5.23); transformers itself offers only a switch for
+    all layers, or for every n-th from 5.23 on.
+
+    Returns:
+        False when the layer cannot be checkpointed.
+    """
+    if not isinstance(layer, GradientCheckpointingLayer):
+        return False
+    layer.gradient_checkpointing = on
+    layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    return True
+
+
+@functools.cache
+def _varlen() -> tuple[Callable[..., Any], bool]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_attention(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention within each sample of a packed row, by torch's flash kernel (CUDA, 16 bit).
+
+    Torch 2.13 takes grouped key heads; before it they are repeated here. The shim can go with
+    torch 2.12.
+
+    Args:
+        query_THD: [T, H, D].
+        key_THD: [T, H_kv, D].
+        value_THD: [T, H_kv, D].
+        cu_seqlens: int32 [S + 1].
+        max_seqlen: Tokens of the longest sample.
+        scale: Factor on the scores.
+        window: Positions a token sees, itself included; None for all before it.
+
+    Returns:
+        [T, H, D].
+    """
+    attend, takes_groups = _varlen()
+    groups = query_THD.shape[1] // key_THD.shape[1]
+    extra: dict[str, Any] = {}
+    if groups > 1 and takes_groups:
+        extra["enable_gqa"] = True
+    elif groups > 1:
+        key_THD = key_THD.repeat_interleave(groups, dim=1)
+        value_THD = value_THD.repeat_interleave(groups, dim=1)
+    left = -1 if window is None else window - 1
+    out = attend(
+        query_THD,
+        key_THD,
+        value_THD,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=(left, 0),
+        **extra,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fails where `condition` is computed, without waiting for it (torch 2.11 to 2.13)."""
+    torch._assert_async(condition, message)

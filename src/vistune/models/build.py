@@ -1,0 +1,67 @@
+"""Builds a composed model from its parts: loads them strictly and initialises the connector."""
+
+from __future__ import annotations
+
+import torch
+
+from vistune import _compat
+from vistune.errors import ModelError
+from vistune.models.compose import ComposedConfig, ComposedVLM
+from vistune.models.connectors import build_connector, initialise_connector
+from vistune.models.facts import ModelFacts
+from vistune.models.language.decoder import load_language_model
+from vistune.models.towers.families import tower_width
+from vistune.models.towers.load import load_tower
+from vistune.recipe import ModelConfig
+
+
+def build_model(
+    config: ModelConfig, facts: ModelFacts, *, seed: int, dtype: torch.dtype
+) -> ComposedVLM:
+    """Loads the parts of a model and composes them.
+
+    Args:
+        config: The parts.
+        facts: What `describe` found of them.
+        seed: Seed of the connector's weights.
+        dtype: Format of all weights; tuning turns the trained ones into fp32.
+
+    Returns:
+        The model on the CPU, in evaluation mode, everything frozen or not as loaded.
+
+    Raises:
+        WeightsError: Weights are missing, unexpected or of another shape.
+        ModelError: The parts do not fit together.
+    """
+    if config.vision_tower is None or config.language_model is None:
+        raise ModelError(
+            "only parts can be built here",
+            where="model.from_checkpoint",
+            fix="load a whole model with checkpoint.layouts.load_directory",
+        )
+    language_model, _ = load_language_model(config.language_model, facts.text_config, dtype=dtype)
+    vision_tower, _ = load_tower(config.vision_tower, facts.vision_config, facts.tower, dtype=dtype)
+    fold = config.connector.pixel_shuffle
+    connector = build_connector(
+        config.connector.kind,
+        num_in=tower_width(facts.vision_config) * fold**2,
+        num_out=int(facts.text_config.hidden_size),
+    )
+    initialise_connector(connector, seed=seed)
+    composed = ComposedConfig.compose(
+        vision_config=facts.vision_config,
+        text_config=language_model.config,
+        tower=facts.tower,
+        connector_kind=config.connector.kind,
+        pixel_shuffle=fold,
+        image_token_id=facts.image_token_id,
+        image_embed_scale=_compat.embedding_scale(language_model.get_input_embeddings()),
+    )
+    model = ComposedVLM(
+        composed,
+        vision_tower=vision_tower,
+        connector=connector.to(dtype),
+        language_model=language_model,
+    )
+    model.eval()
+    return model

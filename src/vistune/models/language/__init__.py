@@ -1,0 +1,1 @@
+"""Language models: what composes with a vision tower, and how it is loaded."""

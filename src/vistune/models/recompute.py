@@ -1,0 +1,35 @@
+"""Activation checkpointing as a dial in layers. Nothing is recomputed unless it is turned."""
+
+from __future__ import annotations
+
+from vistune import _compat
+from vistune.errors import ModelError
+from vistune.models.compose import ComposedVLM
+from vistune.models.language.decoder import decoder_layers
+
+
+def set_checkpoint_layers(model: ComposedVLM, num_layers: int) -> None:
+    """Makes the first decoder layers recompute their activations in the backward pass.
+
+    Args:
+        model: The model; it must be in training mode for this to have an effect.
+        num_layers: How many, from the first layer on; 0 turns it off.
+
+    Raises:
+        ModelError: There are fewer layers, or they cannot be recomputed.
+    """
+    layers = decoder_layers(model.language_model)
+    if num_layers > len(layers):
+        raise ModelError(
+            f"the language model has {len(layers)} layers",
+            where="train.checkpoint_layers",
+            got=str(num_layers),
+            expected=f"0 to {len(layers)}",
+        )
+    for index, layer in enumerate(layers):
+        if not _compat.set_recompute(layer, on=index < num_layers) and index < num_layers:
+            raise ModelError(
+                f"{type(layer).__name__} cannot recompute its activations",
+                where="train.checkpoint_layers",
+                fix="set train.checkpoint_layers=0",
+            )
