@@ -1,0 +1,200 @@
+"""Puts parts together: what a recipe or a saved directory names becomes a model and its encoder.
+
+The order never changes: parts -> inherited weights -> tuning (adapters) -> trained weights. It
+holds no training state and decides nothing by a directory's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from vistune.checkpoint.load import resolve_checkpoint
+from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from vistune.checkpoint.merge import merge_adapters
+from vistune.data.encode import Encoder
+from vistune.data.image import ImagePlan
+from vistune.data.template import load_template
+from vistune.errors import CheckpointError
+from vistune.models.build import build_model
+from vistune.models.facts import ModelFacts, describe
+from vistune.models.tune import apply_tuning, load_trainable
+from vistune.recipe import DataConfig, ModelConfig, Recipe, TuneConfig
+
+if TYPE_CHECKING:
+    from vistune.models.compose import ComposedVLM
+
+WEIGHTS_NAME = "weights.safetensors"
+INHERITED_NAME = "inherited.safetensors"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that is fully described and not yet loaded.
+
+    Args:
+        parts: The parts, free of `from_checkpoint` unless that names a whole model.
+        facts: Tokenizer, grid and configs of the parts.
+        encoder: How text and images become tokens.
+        checkpoint: The checkpoint to lay over the parts, or None.
+    """
+
+    parts: ModelConfig
+    facts: ModelFacts
+    encoder: Encoder
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Assembled:
+    """A model ready to answer.
+
+    Args:
+        model: The model, adapters merged, in evaluation mode.
+        encoder: How text and images become tokens.
+        origin: What it was loaded from.
+        manifest: The description found there; None for a directory of another project.
+    """
+
+    model: ComposedVLM
+    encoder: Encoder
+    origin: Path
+    manifest: Manifest | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def draw(recipe: Recipe) -> Blueprint:
+    """Describes the model of a recipe from configs and tokenizer alone; no weights are read.
+
+    Raises:
+        ModelError: A part is not there or does not fit.
+        CheckpointError: `model.from_checkpoint` is not something vistune can go on from.
+    """
+    if recipe.model.from_checkpoint is None:
+        facts = describe(recipe.model)
+        return Blueprint(recipe.model, facts, _encoder(recipe.data, facts, inherited=None))
+    return _draw_from(Path(recipe.model.from_checkpoint), recipe.data)
+
+
+def _draw_from(path: Path, data: DataConfig | None) -> Blueprint:
+    folder = resolve_checkpoint(path)
+    if not (folder / MANIFEST_NAME).is_file():
+        parts = ModelConfig(from_checkpoint=str(folder))
+        facts = describe(parts)
+        return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
+    manifest = read_manifest(folder)
+    parts = manifest.parts if manifest.kind == "checkpoint" else None
+    parts = parts or ModelConfig(from_checkpoint=str(folder))
+    facts = describe(parts)
+    encoder = _encoder(data, facts, inherited=manifest.encoder)
+    checkpoint = folder if manifest.kind == "checkpoint" else None
+    return Blueprint(parts, facts, encoder, checkpoint)
+
+
+def _encoder(
+    data: DataConfig | None, facts: ModelFacts, *, inherited: dict[str, Any] | None
+) -> Encoder:
+    """Returns the encoder of a recipe's data section; `auto` takes what is inherited."""
+    before = Encoder.from_state(inherited, facts.tokenizer) if inherited else None
+    if data is None and before is not None:
+        return before
+    data = data or DataConfig.model_construct()
+    template_name = "tokenizer" if data.template == "auto" else data.template
+    if before is not None and data.template == "auto":
+        template, system = before.template, before.system if data.system is None else data.system
+    else:
+        template, system = load_template(template_name, facts.tokenizer), data.system
+    return Encoder(
+        tokenizer=facts.tokenizer,
+        template=template,
+        image_plan=ImagePlan.resolve(data.image, facts.image_defaults),
+        grid=facts.grid,
+        image_token_id=facts.image_token_id,
+        system=system,
+    )
+
+
+def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> ComposedVLM:
+    """Loads a described model: its parts, then the weights of the checkpoint it goes on from.
+
+    Adapters of that checkpoint are merged, so that what comes out has no adapters.
+
+    Args:
+        blueprint: From `draw`.
+        seed: Seed of a connector that has no weights yet.
+        dtype: Format of the weights.
+
+    Raises:
+        WeightsError: Weights are missing, unexpected or of another shape.
+    """
+    model = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
+    if blueprint.checkpoint is not None:
+        lay_over(model, blueprint.checkpoint)
+        merge_adapters(model)
+    return model
+
+
+def lay_over(model: ComposedVLM, checkpoint: Path) -> Manifest:
+    """Brings a model built from a checkpoint's parts to that checkpoint's state.
+
+    Args:
+        model: Built from the manifest's parts; changed in place (adapters are added, not merged).
+        checkpoint: The checkpoint's directory.
+
+    Returns:
+        The checkpoint's manifest.
+    """
+    manifest = read_manifest(checkpoint)
+    inherited = checkpoint / INHERITED_NAME
+    if inherited.is_file():
+        load_weights(model, load_file(inherited), where=inherited)
+    apply_tuning(model, TuneConfig.model_validate(manifest.tune), seed=manifest.seed)
+    load_trainable(model, load_file(checkpoint / WEIGHTS_NAME))
+    return manifest
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], *, where: Path) -> None:
+    """Copies named weights into a model; every name must be one of the model's.
+
+    Raises:
+        CheckpointError: A name or shape does not fit.
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    wrong = [n for n, t in state.items() if n not in own or own[n].shape != t.shape]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(state)} weights do not fit the model built from its parts",
+            where=str(where),
+            got=", ".join(wrong[:5]),
+            fix="the parts were changed since the run; point their paths at the original files",
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def load_assembled(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Assembled:
+    """Loads a model to answer with: a run, a checkpoint, an exported directory, a LLaVA directory.
+
+    Args:
+        path: Run directory (its newest checkpoint), checkpoint, or model directory.
+        dtype: Format of the weights.
+        device: Where the model is put.
+
+    Raises:
+        CheckpointError: The directory is none of these.
+        ModelError: Its parts are not there any more.
+    """
+    blueprint = _draw_from(Path(path), None)
+    folder = resolve_checkpoint(Path(path))
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    seed = read_manifest(folder).seed if has_manifest else 0
+    model = build(blueprint, seed=seed, dtype=dtype).to(device=device, dtype=dtype).eval()
+    manifest = read_manifest(folder) if has_manifest else None
+    return Assembled(model, blueprint.encoder, folder, manifest)

@@ -1,0 +1,7 @@
+"""A decoder layer as one autograd function: the fast path for trunks whose base weights are frozen.
+
+What it buys over the layer-by-layer graph: merged projections, residual adds inside the matrix
+products, elementwise chains as single kernels, only the activations the backward pass reads, and,
+on request, FP8 matrix products. It computes the same function as the transformers layer it stands
+for, with the same parameters; a layer it does not understand is refused by name, never guessed.
+"""

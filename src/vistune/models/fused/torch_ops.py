@@ -1,0 +1,184 @@
+"""The elementwise steps of a decoder layer in plain torch: the reference, and the CPU path."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh"]
+FP8_MAX = 448.0
+"""Largest number of e4m3."""
+
+
+class Operand(NamedTuple):
+    """Activations on their way into a matrix product: as they are, in FP8, or both.
+
+    Args:
+        plain: [T, D] in the model's format, or None where nobody reads it.
+        fp8: [T, D] e4m3, or None.
+        scale: float32 [T, 1]; the activations are about fp8 * scale.
+    """
+
+    plain: Tensor | None
+    fp8: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def _operand(
+    x_TD: Tensor, *, quantize: bool, keep: bool, column_scale_D: Tensor | None = None
+) -> Operand:
+    if not quantize:
+        return Operand(x_TD)
+    fp8, scale = quantize_rows(x_TD, column_scale_D=column_scale_D)
+    return Operand(x_TD if keep else None, fp8, scale)
+
+
+def rms_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    *,
+    eps: float,
+    unit_offset: bool,
+    quantize: bool = False,
+    keep: bool = True,
+) -> tuple[Operand, Tensor]:
+    """Root-mean-square norm.
+
+    Args:
+        x_TD: [T, D].
+        weight_D: [D].
+        eps: Added to the mean square.
+        unit_offset: True where the weight is stored minus one (Gemma).
+        quantize: Also give the result in FP8.
+        keep: With `quantize`, also give it as it is.
+
+    Returns:
+        The normalised [T, D] and the reciprocal root mean squares, float32 [T].
+    """
+    x = x_TD.float()
+    rstd_T = torch.rsqrt(x.pow(2).mean(-1) + eps)
+    normed = x * rstd_T[:, None]
+    if unit_offset:
+        y = (normed * (1.0 + weight_D.float())).to(x_TD.dtype)
+    else:
+        y = weight_D * normed.to(x_TD.dtype)
+    return _operand(y, quantize=quantize, keep=keep), rstd_T
+
+
+def rms_norm_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    rstd_T: Tensor,
+    weight_D: Tensor,
+    residual_TD: Tensor,
+    *,
+    unit_offset: bool,
+) -> Tensor:
+    """Gradient of `rms_norm` with respect to its input, plus the residual branch's gradient.
+
+    Args:
+        grad_TD: Gradient of the normalised output.
+        x_TD: The input of the forward pass.
+        rstd_T: From the forward pass.
+        weight_D: The norm's weight.
+        residual_TD: Gradient that reaches the input past the norm.
+        unit_offset: As in `rms_norm`.
+
+    Returns:
+        [T, D] in the format of `x_TD`.
+    """
+    # y = w x r with r = (mean(x^2) + eps)^-1/2, so dx = r (g - h mean(g h)), g = w dy, h = x r.
+    weight = weight_D.float() + (1.0 if unit_offset else 0.0)
+    hat = x_TD.float() * rstd_T[:, None]
+    grad = grad_TD.float() * weight
+    dx = rstd_T[:, None] * (grad - hat * (grad * hat).mean(-1, keepdim=True))
+    return (dx + residual_TD.float()).to(x_TD.dtype)
+
+
+def rotate_(
+    states_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, num_heads: int, inverse: bool
+) -> None:
+    """Applies rotary positions in place to the first `num_heads` heads.
+
+    Args:
+        states_THK: [T, heads, head width]; halves are rotated against each other (NeoX style).
+        cos_TK: [T, head width]; both halves equal.
+        sin_TK: [T, head width]; both halves equal.
+        num_heads: Query and key heads; value heads behind them stay.
+        inverse: True for the gradient.
+    """
+    half = states_THK.shape[-1] // 2
+    turned = states_THK[:, :num_heads]
+    cos, sin = cos_TK[:, None, :half], sin_TK[:, None, :half]
+    sin = -sin if inverse else sin
+    first, second = turned[..., :half].clone(), turned[..., half:].clone()
+    turned[..., :half] = first * cos - second * sin
+    turned[..., half:] = second * cos + first * sin
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def glu(
+    gate_up_TF: Tensor, *, activation: Activation, quantize: bool = False, keep: bool = True
+) -> Operand:
+    """Gated unit: activation(first half) * second half of [T, 2F], giving [T, F]."""
+    gate, up = gate_up_TF.chunk(2, dim=-1)
+    return _operand(_activate(gate, activation) * up, quantize=quantize, keep=keep)
+
+
+def glu_backward_(
+    grad_TF: Tensor,
+    gate_up_TF: Tensor,
+    *,
+    activation: Activation,
+    column_scale_F: Tensor | None = None,
+    keep: bool = True,
+) -> Operand:
+    """Gradient of `glu` with respect to its input; may be written over `gate_up_TF`.
+
+    Args:
+        grad_TF: Gradient of the output [T, F].
+        gate_up_TF: The forward pass's input [T, 2F]; not to be read afterwards.
+        activation: As in `glu`.
+        column_scale_F: [2F]; when given, the gradient times it is also given in FP8.
+        keep: With `column_scale_F`, also give the plain gradient.
+    """
+    gate, up = (half.float() for half in gate_up_TF.chunk(2, dim=-1))
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        active = _activate(leaf, activation)
+        (slope,) = torch.autograd.grad(active.sum(), leaf)
+    grad = grad_TF.float()
+    both = torch.cat([grad * up * slope, grad * active.detach()], dim=-1).to(gate_up_TF.dtype)
+    quantize = column_scale_F is not None
+    return _operand(both, quantize=quantize, keep=keep, column_scale_D=column_scale_F)
+
+
+def join_rotated(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor
+) -> Tensor:
+    """Lays the gradients of query, key and value side by side, turned back: [T, heads, width]."""
+    joined = torch.cat([q_THK, k_THK, v_THK], dim=1)
+    turned = q_THK.shape[1] + k_THK.shape[1]
+    rotate_(joined, cos_TK, sin_TK, num_heads=turned, inverse=True)
+    return joined
+
+
+def quantize_rows(x_TD: Tensor, *, column_scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rounds each row to FP8 (e4m3) with its own scale.
+
+    Args:
+        x_TD: [T, D].
+        column_scale_D: Multiplied in first (a weight's row scales, in the backward product).
+
+    Returns:
+        FP8 [T, D] and float32 [T, 1] scales: x is about values * scale.
+    """
+    x = x_TD.float() if column_scale_D is None else x_TD.float() * column_scale_D
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale

@@ -1,0 +1,186 @@
+"""Finds the fused layers of a transformers decoder: which it understands, and why not the others.
+
+The decoder keeps its parameters; merged weights are the storage its own projections point into, so
+generation, adapters and checkpoints see nothing new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistune.models.fused import torch_ops
+from vistune.models.fused.layer import Attention, FusedLayer, run_layer
+from vistune.models.fused.projection import Adapter, Projection
+from vistune.models.fused.torch_ops import Activation
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is particular to one class of decoder layer."""
+
+    unit_offset: bool = False
+    norm_eps: str = "variance_epsilon"
+
+
+_KINDS = {
+    "LlamaDecoderLayer": _Kind(),
+    "MistralDecoderLayer": _Kind(),
+    "Qwen2DecoderLayer": _Kind(),
+    "GemmaDecoderLayer": _Kind(unit_offset=True, norm_eps="eps"),
+}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+class NotFusable(Exception):  # noqa: N818  (a reason, not an error: the caller falls back by name)
+    """Why a decoder cannot take the fused path."""
+
+
+@dataclass
+class FusedTrunk:
+    """All layers of a decoder, fused.
+
+    Args:
+        layers: In order.
+        ops: `torch_ops` or `triton_ops`.
+        num_recomputed: Layers, from the first, that are computed again in the backward pass.
+    """
+
+    layers: list[FusedLayer]
+    ops: ModuleType
+    num_recomputed: int = 0
+
+    def __call__(self, x_TD: Tensor, cos: Tensor, sin: Tensor, *, attention: Attention) -> Tensor:
+        """Runs the layers over a packed row [T, D]; the final norm is the caller's."""
+        for index, layer in enumerate(self.layers):
+            recompute = index < self.num_recomputed and torch.is_grad_enabled()
+            x_TD = run_layer(
+                layer, x_TD, cos, sin, attention=attention, ops=self.ops, recompute=recompute
+            )
+        return x_TD
+
+
+def select_ops(device: torch.device) -> ModuleType:
+    """Returns the Triton kernels where they run, the torch ones elsewhere."""
+    if device.type != "cuda":
+        return torch_ops
+    from vistune.models.fused import triton_ops
+
+    return triton_ops
+
+
+def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> FusedTrunk:
+    """Builds the fused path over a decoder's layers.
+
+    Args:
+        decoder: A transformers decoder (`LlamaModel`, ...), adapters already in place.
+        device: Where it runs.
+        fp8: Hold the frozen weights in FP8; the decoder's own projections are then no longer
+            usable by themselves.
+
+    Raises:
+        NotFusable: A layer is of an unknown class, trains base weights, or has adapters with
+            dropout or DoRA; nothing has been changed then.
+    """
+    ops = select_ops(device)
+    modules = list(decoder.layers)  # type: ignore[arg-type]
+    for module in modules:
+        _check(module)
+    layers = [_fuse_layer(module, decoder.config) for module in modules]
+    if fp8:
+        for layer in layers:
+            for projection in layer.projections():
+                projection.to_fp8(ops)
+    return FusedTrunk(layers, ops)
+
+
+def _check(module: Any) -> None:
+    name = type(module).__name__
+    if name not in _KINDS:
+        raise NotFusable(f"layers of class {name} have no fused form (known: {', '.join(_KINDS)})")
+    for path, parameter in module.named_parameters():
+        if parameter.requires_grad and ".lora_" not in path:
+            raise NotFusable(f"base weights train ({path})")
+    for linear in _linears(module):
+        if linear is _base(linear):
+            continue
+        if any(dropout.p > 0 for dropout in _dropouts(linear)):
+            raise NotFusable("adapters have dropout")
+        if any(linear.use_dora.values()) or len(linear.active_adapters) != 1 or linear.merged:
+            raise NotFusable("adapters are merged, several, or DoRA")
+
+
+def _linears(module: Any) -> tuple[Any, ...]:
+    a, m = module.self_attn, module.mlp
+    return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
+
+
+def _base(linear: Any) -> nn.Linear:
+    base: nn.Linear = linear if isinstance(linear, nn.Linear) else linear.base_layer
+    return base
+
+
+def _dropouts(linear: Any) -> list[nn.Dropout]:
+    return [d for d in linear.lora_dropout.values() if isinstance(d, nn.Dropout)]
+
+
+def _project(*linears: Any) -> Projection:
+    """Merges projections that read the same input; each keeps its parameter, as a view."""
+    bases = [_base(linear) for linear in linears]
+    if len(bases) == 1:
+        weight: Tensor = bases[0].weight.data
+        bias: Tensor | None = bases[0].bias
+    else:
+        weight = torch.cat([base.weight.data for base in bases])
+        at = 0
+        for base in bases:
+            base.weight.data = weight[at : at + base.out_features]
+            at += base.out_features
+        biases = [base.bias for base in bases]
+        bias = None if biases[0] is None else torch.cat([b.data for b in biases])
+    adapters, at = [], 0
+    for linear, base in zip(linears, bases, strict=True):
+        if linear is not base:
+            name = linear.active_adapters[0]
+            adapters.append(
+                Adapter(
+                    down_RI=linear.lora_A[name].weight,
+                    up_OR=linear.lora_B[name].weight,
+                    scale=linear.scaling[name],
+                    start=at,
+                    stop=at + base.out_features,
+                )
+            )
+        at += base.out_features
+    return Projection(weight, None if bias is None else bias.data, tuple(adapters))
+
+
+def _fuse_layer(module: Any, config: Any) -> FusedLayer:
+    kind = _KINDS[type(module).__name__]
+    attention, mlp = module.self_attn, module.mlp
+    hidden_act = getattr(config, "hidden_activation", None) or config.hidden_act
+    if hidden_act not in _ACTIVATIONS:
+        raise NotFusable(f"activation {hidden_act} has no fused form")
+    width = attention.head_dim
+    return FusedLayer(
+        qkv=_project(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=_project(attention.o_proj),
+        gate_up=_project(mlp.gate_proj, mlp.up_proj),
+        down=_project(mlp.down_proj),
+        norm1_D=module.input_layernorm.weight.data,
+        norm2_D=module.post_attention_layernorm.weight.data,
+        eps=getattr(module.input_layernorm, kind.norm_eps),
+        unit_offset=kind.unit_offset,
+        activation=_ACTIVATIONS[hidden_act],
+        num_heads=_base(attention.q_proj).out_features // width,
+        num_kv_heads=_base(attention.k_proj).out_features // width,
+        head_width=width,
+    )
