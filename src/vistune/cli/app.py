@@ -1,0 +1,78 @@
+"""The command `vistune`: its verbs, and how an error becomes a message and an exit code.
+
+Exit codes: 0 done; 1 a defect of ours (traceback) or a failed check; 2 something the user can mend;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from vistune._version import __version__
+from vistune.cli import chat, data, evaluate, export, quickstart, recipe, train
+from vistune.errors import VistuneError
+
+DEBUG_VARIABLE = "VISTUNE_DEBUG"
+
+app = typer.Typer(
+    name="vistune",
+    help="Give a language model eyes: build, tune, evaluate and serve vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("export")(export.export)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vistune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (also: VISTUNE_DEBUG=1).")
+    ] = False,
+) -> None:
+    if debug:
+        # The environment reaches worker processes too.
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that cannot show a character shows a mark in its place instead of
+        # ending the run.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app()
+    except VistuneError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        from vistune.cli.console import print_error
+
+        print_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,49 @@
+"""`vistune chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    Path, typer.Argument(help="A run, a checkpoint of it, or an exported model directory.")
+]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or npu.")]
+DtypeName = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
+
+
+def chat(
+    model: Model,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Image to talk about; repeatable.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest this much.")
+    ] = 1.0,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> None:
+    """Talk to a model about images. Lines are read from a pipe as well as from a terminal."""
+    from vistune.chat.terminal import ChatOptions, run_chat
+
+    options = ChatOptions(
+        images=tuple(image or ()),
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        device=device,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_chat(model, options))

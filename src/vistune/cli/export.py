@@ -1,0 +1,38 @@
+"""`vistune export`: write a trained model in a form others read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Target(StrEnum):
+    """Forms of an export."""
+
+    HF = "hf"
+    ADAPTER = "adapter"
+    VISTUNE = "vistune"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run, or one checkpoint of it.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="hf: transformers' LLaVA directory; adapter: PEFT adapter and connector; vistune:"
+            " one self-describing directory, for every model."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export already there.")
+    ] = False,
+) -> None:
+    """Merge adapters and write the model for transformers, PEFT or vistune itself."""
+    from vistune.export import export_model
+
+    written = export_model(run, to=to.value, output=output, overwrite=overwrite)
+    print(f"written: {written}")

@@ -1,0 +1,156 @@
+"""A real model behind the runner: batched greedy answers, and choices by log-probability."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vistune.assembly import Assembled, load_assembled
+from vistune.checkpoint.load import resolve_checkpoint
+from vistune.device import Device, select_device, versions
+from vistune.evaluate.runner import Answer, EvaluationPlan, System
+from vistune.evaluate.tasks import Question
+from vistune.generate import Prompt, generate, score_choices
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are made.
+
+    Args:
+        max_new_tokens: Longest answer.
+        batch_size: Questions answered at once.
+        device: Device name.
+        dtype: Number format name.
+    """
+
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class ModelAnswerer:
+    """Answers questions with a loaded model, greedily.
+
+    Args:
+        assembled: The model.
+        device: Where it is.
+        settings: How answers are made.
+    """
+
+    def __init__(self, assembled: Assembled, device: Device, settings: GenerationSettings) -> None:
+        self.assembled = assembled
+        self.device = device
+        self.settings = settings
+
+    @property
+    def batch_size(self) -> int:
+        """Questions answered at once."""
+        return self.settings.batch_size
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers freely, with greedy decoding."""
+        start = time.perf_counter()
+        texts = generate(
+            self.assembled.model,
+            self.assembled.encoder,
+            [Prompt(question.turns, question.images) for question in questions],
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+        return self._timed(questions, texts, start)
+
+    def choose(self, questions: Sequence[Question]) -> list[Answer]:
+        """Chooses the option the model finds likeliest.
+
+        An option's score is its log-probability over its number of tokens, so that a long option
+        is not worse for being long.
+        """
+        start = time.perf_counter()
+        texts = []
+        for question in questions:
+            scores = score_choices(
+                self.assembled.model,
+                self.assembled.encoder,
+                Prompt(question.turns, question.images),
+                question.choices,
+            )
+            best = max(range(len(scores)), key=scores.__getitem__)
+            texts.append(question.choices[best])
+        return self._timed(questions, texts, start)
+
+    def _timed(
+        self, questions: Sequence[Question], texts: Sequence[str], start: float
+    ) -> list[Answer]:
+        self.device.synchronize()
+        share_s = (time.perf_counter() - start) / len(questions)
+        encode = self.assembled.encoder.tokenizer.encode
+        return [
+            Answer(q.id, text.strip(), len(encode(text, add_special_tokens=False)), share_s)
+            for q, text in zip(questions, texts, strict=True)
+        ]
+
+
+def model_system(
+    name: str, path: Path, settings: GenerationSettings, *, label: str, blind: bool = True
+) -> System:
+    """Returns a system that loads a model when it is first needed.
+
+    Args:
+        name: Short fixed name.
+        path: Run, checkpoint or exported directory.
+        settings: How answers are made.
+        label: What tables call it.
+        blind: Ask it without images too.
+
+    Raises:
+        CheckpointError: There is no model at `path`.
+    """
+    folder = resolve_checkpoint(path)
+
+    def load() -> ModelAnswerer:
+        device = select_device(settings.device, settings.dtype)
+        assembled = load_assembled(folder, dtype=device.dtype, device=device.torch_device)
+        return ModelAnswerer(assembled, device, settings)
+
+    return System(name, label, _identity(folder), load, blind)
+
+
+def _identity(folder: Path) -> str:
+    """Returns a digest of the directory's files: names, sizes and times of change."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        state = file.stat()
+        digest.update(f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns}".encode())
+    return f"{folder} {digest.hexdigest()[:16]}"
+
+
+def plan_for(
+    task: Path, settings: GenerationSettings, *, scorer: str = "auto", seed: int = 0
+) -> EvaluationPlan:
+    """Returns the plan of an evaluation on this machine.
+
+    Args:
+        task: The test set's file.
+        settings: How answers are made.
+        scorer: Name of the scorer.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        DeviceError: The device asked for is not there.
+    """
+    device = select_device(settings.device, settings.dtype)
+    decided = {k: v for k, v in asdict(settings).items() if k != "batch_size"}
+    decided["dtype"] = str(device.dtype).removeprefix("torch.")
+    decided["device"] = device.kind
+    return EvaluationPlan(
+        task=task,
+        scorer=scorer,
+        seed=seed,
+        versions=versions(),
+        device=f"{device.kind}: {device.name}",
+        settings=decided,
+    )
