@@ -66,7 +66,49 @@ class DataError(VistuneError):
     """A dataset file or row that cannot be used."""
 
 
-class ImageError(DataError):
+class RowError(DataError):
+    """One dataset row that cannot be used; the others can.
+
+    Args:
+        what: One sentence: what is wrong, with numbers.
+        reason: A short fixed name to count by ("empty_answer", "image_missing", ...).
+        where: File and row.
+        got: What was found.
+        expected: What would have been right.
+        fix: What would make the row usable.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        reason: str,
+        where: str | None = None,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, got=got, expected=expected, fix=fix)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        rebuild, (cls, what, state) = super().__reduce__()  # type: ignore[misc]
+        return (rebuild, (cls, what, {**state, "reason": self.reason}))
+
+    def at(self, where: str) -> RowError:
+        """Returns the same error said of another place (an image's error, of its row)."""
+        cls = type(self)
+        return cls(
+            self.what if self.where is None else f"{self.where}: {self.what}",
+            reason=self.reason,
+            where=where,
+            got=self.got,
+            expected=self.expected,
+            fix=self.fix,
+        )
+
+
+class ImageError(RowError):
     """An image that cannot be read or must not be."""
 
 

@@ -67,6 +67,8 @@ class Sample:
         where: File and row ("train.json row 17" or "train.jsonl:18"), for messages.
         turns: The conversation; an optional system turn first, then user and assistant in turn.
         images: Images in the order in which the turns refer to them.
+        notes: Rules that changed the row when it was read ("leading_answer_dropped", ...), by
+            short fixed names, so that they are counted and never silent.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Sample:
     where: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,7 @@ class EncodedSample:
         input_ids: int64 [T]; every image stands as a run of `image_token_id`.
         target_mask: bool [T]; True where the token is one the model must learn to say.
         pixel_values: Preprocessed images in order, each float32 [3, Y, X].
+        num_image_tokens: Image tokens among the ids.
     """
 
     id: str
@@ -155,6 +159,7 @@ class EncodedSample:
     input_ids: npt.NDArray[np.int64]
     target_mask: npt.NDArray[np.bool_]
     pixel_values: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    num_image_tokens: int = 0
 
 
 @dataclass(slots=True)

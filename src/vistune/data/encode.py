@@ -1,0 +1,427 @@
+"""A conversation and its images as token ids, loss mask and pixels.
+
+Ids and mask come out of one pass: the template renders segments, each run of text between two
+images is tokenised once (as the public models were trained: text between images is tokenised on its
+own, and the tokenizer's leading tokens stand once, in front), and a token is a target when any
+character it stands for lies in a target segment.
+
+Text that spells a special token ("</s>" in an answer about HTML) becomes that token, as in the
+public code; such rows are counted by `vistune data check`. Text that spells the image token is
+refused.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vistune.data.image import ImageLike, ImagePlan, load, probe
+from vistune.data.template import ChatTemplate, Segment, load_template
+from vistune.errors import DataError, RowError, TemplateError
+from vistune.types import EncodedSample, ImageRef, Sample, Turn, VisionGrid
+
+Overlong: TypeAlias = Literal["error", "drop", "truncate_text"]
+Size: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenised conversation.
+
+    Args:
+        ids: int64 [T].
+        mask: bool [T]; True where the token is a target.
+        image_starts: First position of every image's run.
+        image_lengths: Length of every image's run.
+        image_order: Which image of the sample each run stands for.
+        truncated: Tokens cut off the end.
+    """
+
+    ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.bool_]
+    image_starts: tuple[int, ...] = ()
+    image_lengths: tuple[int, ...] = ()
+    image_order: tuple[int, ...] = ()
+    truncated: int = 0
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens among the ids."""
+        return sum(self.image_lengths)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns samples into numbers; everything it does is said by its fields.
+
+    Args:
+        tokenizer: A transformers tokenizer with a fast (Rust) backend.
+        template: How conversations are written.
+        image_plan: How images are preprocessed.
+        grid: How many tokens an image becomes.
+        image_token_id: The id that stands for an image's tokens.
+        system: System prompt; the template's default when None, none at all when empty.
+
+    Raises:
+        TemplateError: The tokenizer cannot say where its tokens stand, or does not hold one of the
+            template's markers as one token.
+        DataError: Image plan and vision tower disagree on the size.
+    """
+
+    tokenizer: Any
+    template: ChatTemplate
+    image_plan: ImagePlan
+    grid: VisionGrid
+    image_token_id: int
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise TemplateError(
+                "the tokenizer cannot say at which character a token starts, so no exact loss mask"
+                " can be made",
+                got=type(self.tokenizer).__name__,
+                expected="a tokenizer with a fast backend (tokenizer.json or tokenizer.model)",
+            )
+        for marker in self.template.markers:
+            if len(self._backend_ids(marker)) != 1:
+                raise TemplateError(
+                    f"the template '{self.template.name}' needs {marker!r} as one token, and the"
+                    f" tokenizer splits it into {len(self._backend_ids(marker))}",
+                    where="data.template",
+                    fix="name the template the language model was trained with, or `tokenizer`",
+                )
+        fixed, side = self.grid.fixed_size_px, self.image_plan.size_px
+        if fixed is not None and fixed != side:
+            raise DataError(
+                "the vision tower takes images of one size only",
+                where="data.image.size_px",
+                got=side,
+                expected=fixed,
+                fix="data.image.size_px=auto",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Cached properties hold backend handles; a worker makes its own.
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+    # --- public -----------------------------------------------------------------------------
+
+    def count_tokens(self, sample: Sample) -> int:
+        """Returns the tokens of a sample before any truncation, from text and image headers.
+
+        Raises:
+            RowError: The sample cannot be rendered or an image's header cannot be read.
+        """
+        return int(self.tokenise(sample).ids.size)
+
+    def tokenise(self, sample: Sample) -> Tokens:
+        """Returns ids and mask of a whole sample; of its images only the headers are read.
+
+        Raises:
+            RowError: The sample cannot be rendered or an image's header cannot be read.
+        """
+        try:
+            sizes = [probe(image, self.image_plan) for image in sample.images]
+            return self._tokenise(sample.turns, sizes)
+        except RowError as error:
+            raise error.at(_place(sample)) from error
+
+    def encode(
+        self,
+        sample: Sample,
+        *,
+        max_tokens: int,
+        overlong: Overlong,
+        with_pixels: bool = True,
+    ) -> EncodedSample:
+        """Returns a training sample.
+
+        Args:
+            sample: The sample.
+            max_tokens: Most tokens it may have.
+            overlong: What is done with more: `error` and `drop` raise, `truncate_text` cuts the
+                end, never inside an image.
+            with_pixels: Decode and preprocess the images.
+
+        Raises:
+            RowError: The sample cannot be used; its `reason` says why in one word.
+        """
+        try:
+            if with_pixels:
+                images = [load(image, self.image_plan) for image in sample.images]
+                sizes = [(image.height, image.width) for image in images]
+            else:
+                images = []
+                sizes = [probe(image, self.image_plan) for image in sample.images]
+            tokens = fit(
+                self._tokenise(sample.turns, sizes), max_tokens=max_tokens, policy=overlong
+            )
+        except RowError as error:
+            raise error.at(_place(sample)) from error
+        pixels = [self.image_plan.apply(images[i]) for i in tokens.image_order if with_pixels]
+        return EncodedSample(
+            id=sample.id,
+            source=sample.source,
+            input_ids=tokens.ids,
+            target_mask=tokens.mask,
+            pixel_values=pixels,
+            num_image_tokens=tokens.num_image_tokens,
+        )
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], images: Sequence[ImageRef | Image.Image] = ()
+    ) -> EncodedSample:
+        """Returns a conversation that ends with the generation prompt; nothing in it is a target.
+
+        Args:
+            turns: The conversation so far; the last turn is the user's.
+            images: Images in the order of the indices in `turns`.
+
+        Raises:
+            RowError: The conversation cannot be rendered or an image cannot be read.
+        """
+        loaded = [load(image, self.image_plan) for image in images]
+        sizes = [(image.height, image.width) for image in loaded]
+        tokens = self._tokenise(turns, sizes, add_generation_prompt=True)
+        return EncodedSample(
+            id="prompt",
+            source="",
+            input_ids=tokens.ids,
+            target_mask=np.zeros(tokens.ids.size, dtype=np.bool_),
+            pixel_values=[self.image_plan.apply(loaded[i]) for i in tokens.image_order],
+            num_image_tokens=tokens.num_image_tokens,
+        )
+
+    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Returns the rendered conversation with this encoder's template and system prompt."""
+        return self.template.segments(turns, self.system)
+
+    def special_text(self, turns: Sequence[Turn]) -> list[str]:
+        """Returns the special tokens that the conversation's own text spells out."""
+        pattern = self._special_pattern
+        if pattern is None:
+            return []
+        return [found for turn in turns for found in pattern.findall(turn.text)]
+
+    @functools.cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's, and the tokenizer's end of text."""
+        found = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        anchor = self._backend_ids("a")
+        for text in self.template.stop:
+            ids = self._backend_ids(text)
+            behind = self._backend_ids(f"a{text}")
+            if len(ids) == 1:
+                found.append(ids[0])
+            elif behind[:-1] == anchor:  # one token where it does not stand first
+                found.append(behind[-1])
+        return tuple(dict.fromkeys(found))
+
+    def to_state(self) -> dict[str, Any]:
+        """Returns all but the tokenizer, in JSON's types, for a checkpoint."""
+        return {
+            "template": self.template.model_dump(mode="json"),
+            "image_plan": self.image_plan.model_dump(mode="json"),
+            "grid": asdict(self.grid),
+            "image_token_id": self.image_token_id,
+            "system": self.system,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], tokenizer: Any) -> Encoder:
+        """Returns the encoder that `to_state` described.
+
+        Args:
+            state: What `to_state` returned.
+            tokenizer: The tokenizer saved beside it.
+        """
+        return cls(
+            tokenizer=tokenizer,
+            template=load_template(state["template"]),
+            image_plan=ImagePlan.model_validate(state["image_plan"]),
+            grid=VisionGrid(**state["grid"]),
+            image_token_id=state["image_token_id"],
+            system=state["system"],
+        )
+
+    # --- tokens -----------------------------------------------------------------------------
+
+    def _tokenise(
+        self,
+        turns: Sequence[Turn],
+        sizes: Sequence[Size],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> Tokens:
+        segments = self.template.segments(
+            turns, self.system, add_generation_prompt=add_generation_prompt
+        )
+        ids: list[int] = list(self._prefix_ids) if self.template.add_bos else []
+        targets: list[bool] = [False] * len(ids)
+        starts: list[int] = []
+        lengths: list[int] = []
+        order: list[int] = []
+        run: list[Segment] = []
+        for segment in [*segments, None]:
+            if segment is not None and segment.image is None:
+                run.append(segment)
+                continue
+            if run:
+                self._add_text(run, ids, targets)
+                run = []
+            if segment is not None and segment.image is not None:
+                if segment.image >= len(sizes):
+                    raise RowError(
+                        f"the text speaks of image {segment.image + 1} of {len(sizes)}",
+                        reason="image_count_mismatch",
+                        fix="give as many images as <image> stands in the text",
+                    )
+                number = self.grid.num_tokens(*self.image_plan.size_for(*sizes[segment.image]))
+                starts.append(len(ids))
+                lengths.append(number)
+                order.append(segment.image)
+                ids.extend([self.image_token_id] * number)
+                targets.extend([False] * number)
+        return Tokens(
+            ids=np.array(ids, dtype=np.int64),
+            mask=np.array(targets, dtype=np.bool_),
+            image_starts=tuple(starts),
+            image_lengths=tuple(lengths),
+            image_order=tuple(order),
+        )
+
+    def _add_text(self, run: list[Segment], ids: list[int], targets: list[bool]) -> None:
+        text = "".join(segment.text for segment in run)
+        encoding = self._encode_text(text)
+        new: list[int] = encoding.ids
+        if self.image_token_id in new:
+            raise RowError(
+                "the text spells the image token",
+                reason="image_token_in_text",
+                got=self.tokenizer.convert_ids_to_tokens(self.image_token_id),
+                fix="take it out of the text",
+            )
+        ids.extend(new)
+        if not any(segment.is_target for segment in run):
+            targets.extend([False] * len(new))
+            return
+        edges, kinds, end = [0], [run[0].is_target], 0
+        for segment in run:
+            if segment.is_target != kinds[-1]:
+                edges.append(end)
+                kinds.append(segment.is_target)
+            end += len(segment.text)
+        # Some backends report a token without the blank it starts with: the token starts where
+        # the one before it ended.
+        covered = 0
+        for start, stop in encoding.offsets:
+            first = start if start < covered else covered
+            is_target = kinds[bisect.bisect_right(edges, first) - 1]
+            if not is_target and stop > first:
+                is_target = kinds[bisect.bisect_right(edges, stop - 1) - 1]
+            targets.append(is_target)
+            covered = stop if stop > covered else covered
+
+    def _encode_text(self, text: str) -> Any:
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None or backend.padding is not None:
+            # State that another caller of the same tokenizer left behind.
+            backend.no_truncation()
+            backend.no_padding()
+        return backend.encode(text, add_special_tokens=False)
+
+    def _backend_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._encode_text(text).ids
+        return ids
+
+    @functools.cached_property
+    def _prefix_ids(self) -> tuple[int, ...]:
+        # What the tokenizer puts in front of a text of its own accord, e.g. its begin-of-text.
+        bare = self._backend_ids("a")
+        full: list[int] = self.tokenizer.backend_tokenizer.encode("a").ids
+        for index in range(len(full) - len(bare) + 1):
+            if full[index : index + len(bare)] == bare:
+                return tuple(full[:index])
+        raise TemplateError(
+            "the tokenizer writes a text differently with and without its special tokens"
+        )
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        added = self.tokenizer.added_tokens_decoder.values()
+        texts = {token.content for token in added if token.special}
+        texts.update(self.tokenizer.all_special_tokens)
+        ordered = sorted((text for text in texts if text), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def fit(tokens: Tokens, *, max_tokens: int, policy: Overlong) -> Tokens:
+    """Returns tokens that a row can hold and that teach something.
+
+    Args:
+        tokens: A tokenised sample.
+        max_tokens: Most tokens it may have.
+        policy: `truncate_text` cuts the end, never inside an image; the others refuse.
+
+    Raises:
+        RowError: It is too long, or has no target token (left).
+    """
+    total = int(tokens.ids.size)
+    if total > max_tokens:
+        if policy != "truncate_text":
+            raise RowError(
+                f"{total} tokens ({tokens.num_image_tokens} of them image tokens) are more than one"
+                " row holds",
+                reason="overlong",
+                got=total,
+                expected=f"at most {max_tokens} (batch.max_tokens)",
+                fix="raise batch.max_tokens, or set data.overlong to drop or truncate_text",
+            )
+        tokens = _cut(tokens, max_tokens)
+    # The first position of a sample is predicted from nothing, so it cannot be a target.
+    if not tokens.mask[1:].any():
+        if tokens.truncated:
+            raise RowError(
+                f"cut to {max_tokens} tokens, no target token is left of {total}",
+                reason="overlong_no_target",
+                got=total,
+                expected=f"at most {max_tokens} (batch.max_tokens)",
+                fix="raise batch.max_tokens",
+            )
+        raise RowError("no token is a target", reason="no_target", fix="give the row an answer")
+    return tokens
+
+
+def _cut(tokens: Tokens, max_tokens: int) -> Tokens:
+    end = max_tokens
+    kept = 0
+    for start, length in zip(tokens.image_starts, tokens.image_lengths, strict=True):
+        if start + length <= end:
+            kept += 1
+        elif start < end:
+            end = start
+    return replace(
+        tokens,
+        ids=tokens.ids[:end],
+        mask=tokens.mask[:end],
+        image_starts=tokens.image_starts[:kept],
+        image_lengths=tokens.image_lengths[:kept],
+        image_order=tokens.image_order[:kept],
+        truncated=int(tokens.ids.size) - end,
+    )
+
+
+def _place(sample: Sample) -> str:
+    return f"{sample.where} (id {sample.id})"
+
+
+__all__ = ["Encoder", "ImageLike", "Overlong", "Tokens", "fit"]

@@ -1,0 +1,289 @@
+"""The training data of a run: checked once, then handed out in whole optimizer steps.
+
+Worker processes read, encode and pack rows ahead of the training loop (torch's DataLoader moves the
+tensors through shared memory). On Linux they are forked: that costs no import and shares the row
+index, and it is safe here because a worker only parses, tokenises and decodes in its own thread -
+it never touches a device, and torch is held to one thread, so it takes no lock that the parent may
+have held. Elsewhere they are spawned.
+
+A row of the dataset that fails in a worker is dropped and reported in `Batch.rejected`; nothing is
+put in its place. Anything else that goes wrong in a worker stops the run with its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vistune.data.check import CheckReport, check_sources
+from vistune.data.collate import pack_row
+from vistune.data.encode import Encoder, Overlong
+from vistune.data.formats import RowReader, open_source
+from vistune.data.order import StepPlan, epoch_indices, plan_epoch
+from vistune.data.rejects import reject
+from vistune.errors import DataError, RowError
+from vistune.recipe import BatchConfig, DataConfig
+from vistune.types import Batch, EncodedSample, Rejected
+
+_PREFETCH_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An exception of a worker that is no row's fault, as text."""
+
+    text: str
+
+
+@dataclass
+class _Rows(Dataset["Batch | _Failure"]):
+    """Makes one packed row from its dataset indices. Lives in the workers."""
+
+    readers: tuple[RowReader, ...]
+    accepted: tuple[npt.NDArray[np.int64], ...]
+    encoder: Encoder
+    max_tokens: int
+    overlong: Overlong
+
+    def __post_init__(self) -> None:
+        self._edges = np.cumsum([0, *(rows.size for rows in self.accepted)])
+
+    def __getitem__(self, indices: tuple[int, ...]) -> Batch | _Failure:
+        try:
+            return self._row(indices)
+        except Exception:
+            return _Failure(traceback.format_exc())
+
+    def _row(self, indices: tuple[int, ...]) -> Batch:
+        began = time.perf_counter()
+        samples: list[EncodedSample] = []
+        rejected: list[Rejected] = []
+        for index in indices:
+            source = int(np.searchsorted(self._edges, index, side="right")) - 1
+            reader = self.readers[source]
+            row = int(self.accepted[source][index - self._edges[source]])
+            id = None
+            try:
+                sample = reader.read(row)
+                id = sample.id
+                samples.append(
+                    self.encoder.encode(sample, max_tokens=self.max_tokens, overlong=self.overlong)
+                )
+            except RowError as error:
+                where = reader.where(row)
+                rejected.append(reject(error, source=reader.name, where=where, id=id))
+        return pack_row(samples, rejected=rejected, read_s=time.perf_counter() - began)
+
+
+class _Order(Sampler[tuple[int, ...]]):
+    """The rows of all steps from one on, epoch after epoch, without end."""
+
+    def __init__(self, data: TrainData, start_step: int) -> None:
+        self._data = data
+        self._start_step = start_step
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        for plan in self._data.plans(self._start_step):
+            yield from plan.rows
+
+
+class TrainData:
+    """Checked sources, in the order of a run.
+
+    Args:
+        data: The recipe's `data`.
+        batch: The recipe's `batch`.
+        encoder: How rows become tokens and pixels.
+        seed: Seed of the order.
+        report: The result of `check_sources` on the same sources and limits; made here when left
+            out.
+        world_size: Number of ranks.
+        rank: This rank.
+        pin_memory: Hand out page-locked tensors (for a CUDA device).
+        progress: Told (rows done, rows in all) while checking.
+
+    Raises:
+        DataError: A source cannot be opened, no row can be used, more rows than
+            `data.max_dropped_frac` cannot, or a row is too long under `data.overlong=error`.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        encoder: Encoder,
+        seed: int,
+        *,
+        report: CheckReport | None = None,
+        world_size: int = 1,
+        rank: int = 0,
+        pin_memory: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        readers = tuple(open_source(source) for source in data.train)
+        if report is None:
+            report = check_sources(
+                data.train,
+                encoder,
+                max_tokens=batch.max_tokens,
+                overlong=data.overlong,
+                workers=data.workers,
+                readers=readers,
+                progress=progress,
+            )
+        require_usable(report, data)
+        self.report = report
+        self.encoder = encoder
+        self._data, self._batch, self._seed = data, batch, seed
+        self._world_size, self._rank, self._pin_memory = world_size, rank, pin_memory
+        self._rows = _Rows(readers, report.accepted, encoder, batch.max_tokens, data.overlong)
+        if not self.samples_per_epoch():
+            raise DataError(
+                "an epoch of the run holds no sample",
+                where="data.train[].epochs",
+                got=[source.epochs for source in data.train],
+                fix="raise it",
+            )
+        self._plans: dict[int, list[StepPlan]] = {}
+        self._iterator: Iterator[Batch | _Failure] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples of all sources, each counted once."""
+        return self.report.num_ok
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Returns the optimizer steps of an epoch (packing can make epochs differ by a few)."""
+        return len(self._plan(epoch))
+
+    def samples_per_epoch(self, epoch: int = 0) -> int:
+        """Returns the samples of an epoch, `epochs` of every source taken into account."""
+        return int(self._indices(epoch).size)
+
+    def plans(self, start_step: int = 0) -> Iterator[StepPlan]:
+        """Yields this rank's steps from `start_step` on, epoch after epoch, without end."""
+        epoch, behind = 0, start_step
+        if self._batch.samples is not None:  # then every epoch has the same number of steps
+            epoch, behind = divmod(start_step, len(self._plan(0)))
+        while behind >= len(self._plan(epoch)):
+            behind -= len(self._plan(epoch))
+            epoch += 1
+        while True:
+            yield from self._plan(epoch)[behind:]
+            epoch, behind = epoch + 1, 0
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yields all rows of one optimizer step of this rank at a time, without end.
+
+        Args:
+            start_step: Steps already done; their images are not read again.
+
+        Raises:
+            DataError: A worker process died, or failed for another reason than a row.
+        """
+        self.close()
+        self._iterator = iterator = iter(self._loader(start_step))
+        for plan in self.plans(start_step):
+            yield [self._next(iterator) for _ in plan.rows]
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._iterator = None
+
+    def _next(self, iterator: Iterator[Batch | _Failure]) -> Batch:
+        try:
+            item = next(iterator)
+        except RuntimeError as error:
+            raise DataError(
+                f"a data worker died: {error}",
+                fix="data.workers=0 runs in this process and shows the cause; in a container, a"
+                " small /dev/shm kills workers (docker run --shm-size=8g)",
+            ) from error
+        if isinstance(item, _Failure):
+            raise DataError(f"a data worker failed:\n{item.text}", fix="report this as a bug")
+        return item
+
+    def _loader(self, start_step: int) -> DataLoader[Batch | _Failure]:
+        workers = self._data.workers
+        extra: dict[str, Any] = {}
+        if workers:
+            extra = {
+                "prefetch_factor": _PREFETCH_ROWS,
+                "persistent_workers": True,
+                "worker_init_fn": _start_worker,
+                "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
+            }
+        return DataLoader(
+            self._rows,
+            sampler=_Order(self, start_step),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self._pin_memory,
+            **extra,
+        )
+
+    def _plan(self, epoch: int) -> list[StepPlan]:
+        if epoch not in self._plans:
+            while len(self._plans) > 1:  # the loader runs ahead by an epoch at most
+                del self._plans[min(self._plans)]
+            self._plans[epoch] = plan_epoch(
+                self.report.lengths,
+                self._batch,
+                seed=self._seed,
+                epoch=epoch,
+                shuffle=self._data.shuffle,
+                world_size=self._world_size,
+                rank=self._rank,
+                indices=self._indices(epoch),
+            )
+        return self._plans[epoch]
+
+    def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_indices(
+            [rows.size for rows in self.report.accepted],
+            [source.epochs for source in self._data.train],
+            seed=self._seed,
+            epoch=epoch,
+            shuffle=self._data.shuffle,
+        )
+
+
+def require_usable(report: CheckReport, data: DataConfig) -> None:
+    """Refuses data of which too much cannot be used.
+
+    Raises:
+        DataError: No row can be used, more than `data.max_dropped_frac` cannot, or one is too long
+            under `data.overlong=error`; with the table of reasons.
+    """
+    table = report.table()
+    overlong = report.by_reason().get("overlong", 0)
+    if overlong and data.overlong == "error":
+        raise DataError(
+            f"{overlong} of {report.total_rows} rows are longer than batch.max_tokens:\n{table}",
+            where="data.overlong",
+            got="error",
+            fix="raise batch.max_tokens, or set data.overlong to drop or truncate_text",
+        )
+    if not report.num_ok:
+        raise DataError(f"none of {report.total_rows} rows can be used:\n{table}")
+    if report.rejected_frac > data.max_dropped_frac:
+        raise DataError(
+            f"{len(report.rejected)} of {report.total_rows} rows cannot be used:\n{table}",
+            where="data.max_dropped_frac",
+            got=f"{report.rejected_frac:.6f}",
+            expected=f"at most {data.max_dropped_frac}",
+            fix="mend the rows, or raise data.max_dropped_frac to go on without them",
+        )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)

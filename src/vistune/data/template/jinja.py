@@ -1,0 +1,250 @@
+"""The tokenizer's own chat template (jinja), with an exact loss mask.
+
+The template is rendered twice: once as it is, and once with every answer replaced by a mark that
+cannot occur in text. Putting the answers back at their marks must give the first rendering again,
+character for character; then it is known where every answer stands. A template that changes an
+answer (trims it, cuts something out of it) or leaves one out is refused for that row, by name,
+instead of being masked by guesswork. `{% generation %}` blocks, where a template has them, say
+exactly what is learnt and are followed.
+
+This module renders with jinja2 in its sandbox and does not need transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from vistune.data.template.base import ChatTemplate, Segment, check_order, split_system
+from vistune.errors import RowError, TemplateError
+from vistune.types import Turn
+
+# Private-use characters: no tokenizer vocabulary and no template speaks of them.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_IMAGE = re.compile(f"{_OPEN}i([0-9]+){_CLOSE}")
+_BLOCK_OPEN, _BLOCK_CLOSE = "\ue0f2", "\ue0f3"
+_FORBIDDEN = re.compile("[\ue0f0-\ue0f3]")
+
+
+class JinjaTemplate(ChatTemplate):
+    """A jinja chat template, as tokenizers carry them."""
+
+    kind: Literal["jinja"] = "jinja"
+    """Tells this form of template from the others in a checkpoint."""
+    source: str
+    """The jinja text."""
+    variables: dict[str, str] = {}
+    """Special tokens by the names the template may use (`bos_token`, ...)."""
+    special_tokens: tuple[str, ...] = ()
+    """Every special token of the tokenizer; the first one behind an answer ends it."""
+    add_bos: bool = False
+    """The template writes the begin-of-text itself."""
+
+    def segments(
+        self,
+        turns: Sequence[Turn],
+        system: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> list[Segment]:
+        """Renders a conversation. See `ChatTemplate.segments`."""
+        prompt, rest = split_system(turns, system, None)
+        check_order(rest)
+        messages = [] if not prompt else [{"role": "system", "content": prompt}]
+        messages += [{"role": turn.speaker, "content": _content(turn)} for turn in rest]
+        for message in messages:
+            if _FORBIDDEN.search(_IMAGE.sub("", message["content"])):
+                raise RowError(
+                    "the text holds a private-use character (U+E0F0 to U+E0F3)",
+                    reason="reserved_character",
+                    fix="remove the character",
+                )
+        if "generation" in _tags(self.source):
+            return self._from_blocks(messages, add_generation_prompt)
+        return self._from_marks(messages, add_generation_prompt)
+
+    def _from_blocks(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool
+    ) -> list[Segment]:
+        text = self._render(messages, add_generation_prompt=add_generation_prompt)
+        out: list[Segment] = []
+        for index, piece in enumerate(re.split(f"[{_BLOCK_OPEN}{_BLOCK_CLOSE}]", text)):
+            _emit(out, piece, is_target=index % 2 == 1)
+        return out
+
+    def _from_marks(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool
+    ) -> list[Segment]:
+        plain = self._render(messages, add_generation_prompt=add_generation_prompt)
+        marks = {i: f"{_OPEN}a{i}{_CLOSE}" for i, m in enumerate(messages) if _is_answer(m)}
+        marked = self._render(
+            [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)],
+            add_generation_prompt=add_generation_prompt,
+        )
+        spans: list[tuple[int, int]] = []
+        here, there = 0, 0  # as far as `plain` and `marked` have been matched
+        for i, mark in marks.items():
+            at = marked.find(mark, there)
+            if at < 0 or marked.count(mark) != 1:
+                self._refuse(f"message {i} is shown {marked.count(mark)} times, or out of order")
+            lead, content = marked[there:at], messages[i]["content"]
+            if not plain.startswith(lead + content, here):
+                self._refuse(f"the text of message {i} is changed, or that around it")
+            start = here + len(lead)
+            here, there = start + len(content), at + len(mark)
+            following = marked.find(f"{_OPEN}a", there)
+            tail = marked[there : len(marked) if following < 0 else following]
+            spans.append((self._start(messages[:i], plain, start), here + self._end(tail)))
+        if marked[there:] != plain[here:]:
+            self._refuse("the text behind an answer is changed")
+        return _cut(plain, spans)
+
+    def _start(self, before: list[dict[str, str]], plain: str, position: int) -> int:
+        # What is learnt begins where a generation prompt would end: the model has to say all that
+        # follows it, which may start before the answer's own text (with a space, for one).
+        cue = self._render(before, add_generation_prompt=True)
+        return len(cue) if len(cue) <= position and plain.startswith(cue) else position
+
+    def _end(self, tail: str) -> int:
+        # Of what follows an answer, the text up to and with the first special token is learnt.
+        ends = [tail.find(token) + len(token) for token in self.special_tokens if token in tail]
+        if not ends or _IMAGE.search(tail[: min(ends)]):
+            self._refuse("no special token ends an answer, so the model could not learn to stop")
+        return min(ends)
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        try:
+            return _compiled(self.source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+        except jinja2.TemplateError as error:
+            raise RowError(
+                f"the tokenizer's chat template refuses the conversation: {error}",
+                reason="template_refused",
+                fix="choose a named data.template, or mend the row",
+            ) from error
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise RowError(
+            f"the tokenizer's chat template does not allow an exact loss mask: {why}",
+            reason="template_inexact",
+            fix="choose a named data.template, or add {% generation %} to the tokenizer's",
+        )
+
+
+def template_of(tokenizer: Any) -> JinjaTemplate:
+    """Returns the chat template a tokenizer carries.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Raises:
+        TemplateError: It has none, or one that cannot be parsed.
+    """
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        raise TemplateError(
+            "the tokenizer has no chat template of its own",
+            where="data.template",
+            got="tokenizer",
+            fix="name one: data.template=vicuna_v1 (or plain, chatml, ...)",
+        )
+    try:
+        _compiled(source)
+    except jinja2.TemplateError as error:
+        raise TemplateError(
+            f"the tokenizer's chat template cannot be parsed: {error}", where="data.template"
+        ) from error
+    variables = {
+        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
+    specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    specials.update(tokenizer.all_special_tokens)
+    stop = (tokenizer.eos_token,) if tokenizer.eos_token else ()
+    return JinjaTemplate(
+        name="tokenizer",
+        source=source,
+        variables=variables,
+        special_tokens=tuple(sorted(token for token in specials if token)),
+        stop=stop,
+    )
+
+
+def _is_answer(message: dict[str, str]) -> bool:
+    return message["role"] == "assistant"
+
+
+def _content(turn: Turn) -> str:
+    return "".join(p if isinstance(p, str) else f"{_OPEN}i{p}{_CLOSE}" for p in turn.parts)
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> list[Segment]:
+    out: list[Segment] = []
+    end = 0
+    for start, stop in spans:
+        _emit(out, text[end:start], is_target=False)
+        _emit(out, text[start:stop], is_target=True)
+        end = stop
+    _emit(out, text[end:], is_target=False)
+    return out
+
+
+def _emit(out: list[Segment], text: str, *, is_target: bool) -> None:
+    for index, piece in enumerate(_IMAGE.split(text)):
+        if index % 2 == 1:
+            out.append(Segment(image=int(piece)))
+        elif piece:
+            out.append(Segment(text=piece, is_target=is_target))
+
+
+def _tags(source: str) -> set[str]:
+    return set(re.findall(r"\{%-?\s*(\w+)", source))
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: marks what the model is to say."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _mark(caller: Any) -> str:
+        return f"{_BLOCK_OPEN}{caller()}{_BLOCK_CLOSE}"
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    # `strftime_now` stays undefined on purpose: a template that writes today's date would train on
+    # other text than it answers with tomorrow.
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
