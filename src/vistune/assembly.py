@@ -11,25 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
-from vistune.checkpoint.load import resolve_checkpoint
+from vistune.checkpoint.files import INHERITED_NAME
+from vistune.checkpoint.layouts import describe_directory, load_directory
+from vistune.checkpoint.load import read_weights, resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
-from vistune.data.template import load_template
+from vistune.data.template import resolve_template
 from vistune.errors import CheckpointError
 from vistune.models.build import build_model
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, load_trainable
 from vistune.recipe import DataConfig, ModelConfig, Recipe, TuneConfig
+from vistune.types import ImageDefaults
 
 if TYPE_CHECKING:
     from vistune.models.compose import ComposedVLM
-
-WEIGHTS_NAME = "weights.safetensors"
-INHERITED_NAME = "inherited.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,13 @@ def _draw_from(path: Path, data: DataConfig | None) -> Blueprint:
     folder = resolve_checkpoint(path)
     if not (folder / MANIFEST_NAME).is_file():
         parts = ModelConfig(from_checkpoint=str(folder))
-        facts = describe(parts)
+        facts = describe_directory(folder)
         return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
     manifest = read_manifest(folder)
     parts = manifest.parts if manifest.kind == "checkpoint" else None
     parts = parts or ModelConfig(from_checkpoint=str(folder))
-    facts = describe(parts)
+    whole = parts.from_checkpoint
+    facts = describe(parts) if whole is None else describe_directory(Path(whole))
     encoder = _encoder(data, facts, inherited=manifest.encoder)
     checkpoint = folder if manifest.kind == "checkpoint" else None
     return Blueprint(parts, facts, encoder, checkpoint)
@@ -100,18 +100,21 @@ def _encoder(
 ) -> Encoder:
     """Returns the encoder of a recipe's data section; `auto` takes what is inherited."""
     before = Encoder.from_state(inherited, facts.tokenizer) if inherited else None
-    if data is None and before is not None:
-        return before
-    data = data or DataConfig.model_construct()
-    template_name = "tokenizer" if data.template == "auto" else data.template
+    if data is None:
+        if before is not None:
+            return before
+        data = DataConfig.model_construct()
+    template, system = None, data.system
     if before is not None and data.template == "auto":
-        template, system = before.template, before.system if data.system is None else data.system
-    else:
-        template, system = load_template(template_name, facts.tokenizer), data.system
+        template, system = before.template, before.system if system is None else system
+    defaults = facts.image_defaults
+    if before is not None:
+        plan = before.image_plan
+        defaults = ImageDefaults(plan.size_px, plan.mean, plan.std, plan.resample)
     return Encoder(
         tokenizer=facts.tokenizer,
-        template=template,
-        image_plan=ImagePlan.resolve(data.image, facts.image_defaults),
+        template=template or resolve_template(data.template, facts.tokenizer),
+        image_plan=ImagePlan.resolve(data.image, defaults),
         grid=facts.grid,
         image_token_id=facts.image_token_id,
         system=system,
@@ -131,7 +134,11 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> ComposedVLM
     Raises:
         WeightsError: Weights are missing, unexpected or of another shape.
     """
-    model = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
+    whole = blueprint.parts.from_checkpoint
+    if whole is None:
+        model = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
+    else:
+        model = load_directory(Path(whole), blueprint.facts, dtype=dtype)
     if blueprint.checkpoint is not None:
         lay_over(model, blueprint.checkpoint)
         merge_adapters(model)
@@ -151,9 +158,9 @@ def lay_over(model: ComposedVLM, checkpoint: Path) -> Manifest:
     manifest = read_manifest(checkpoint)
     inherited = checkpoint / INHERITED_NAME
     if inherited.is_file():
-        load_weights(model, load_file(inherited), where=inherited)
+        load_weights(model, read_weights(checkpoint, INHERITED_NAME), where=inherited)
     apply_tuning(model, TuneConfig.model_validate(manifest.tune), seed=manifest.seed)
-    load_trainable(model, load_file(checkpoint / WEIGHTS_NAME))
+    load_trainable(model, read_weights(checkpoint))
     return manifest
 
 
