@@ -1,5 +1,20 @@
 """The public model families vistune knows by name; importing this fills the registries."""
 
-from vistune.models.families.contract import FAMILIES, LANGUAGE_FAMILIES, Family, detect
+from vistune.models.families import cogvlm2, internlm2
+from vistune.models.families.contract import (
+    FAMILIES,
+    LANGUAGE_FAMILIES,
+    Family,
+    LanguageFamily,
+    detect,
+)
 
-__all__ = ["FAMILIES", "LANGUAGE_FAMILIES", "Family", "detect"]
+__all__ = [
+    "FAMILIES",
+    "LANGUAGE_FAMILIES",
+    "Family",
+    "LanguageFamily",
+    "cogvlm2",
+    "detect",
+    "internlm2",
+]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from transformers import PreTrainedConfig
 
 from vistune.models.families.files import read_config, tensor_names
 from vistune.registry import Registry
@@ -52,14 +53,31 @@ class Family(Protocol):
         ...
 
 
+class LanguageFamily(Family, Protocol):
+    """A family of language models, which become part of a composed model."""
+
+    def transformers_config(self, config: Mapping[str, Any]) -> PreTrainedConfig:
+        """Returns the config of the transformers model that `load` builds; no weight is read.
+
+        Args:
+            config: The directory's `config.json`.
+
+        Raises:
+            ModelError: The config asks for something the family has no form for.
+        """
+        ...
+
+
 FAMILIES: Registry[Family] = Registry("model family")
 """Whole vision-language models: `load` returns a `VisionLanguageModel`."""
 
-LANGUAGE_FAMILIES: Registry[Family] = Registry("language model family")
+LANGUAGE_FAMILIES: Registry[LanguageFamily] = Registry("language model family")
 """Language models that transformers has no class for: `load` returns a causal language model."""
 
+FamilyT = TypeVar("FamilyT", bound=Family)
 
-def detect(directory: Path, *, families: Registry[Family] = FAMILIES) -> Family | None:
+
+def detect(directory: Path, families: Registry[FamilyT]) -> FamilyT | None:
     """Returns the family that a model directory holds, or None where none of them fits.
 
     Args:
