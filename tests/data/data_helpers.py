@@ -1,10 +1,11 @@
+"""Tokenizers, plans and encoders that the data tests share."""
+
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tokenizers import normalizers
 
 from vistune.data.encode import Encoder
@@ -65,8 +66,3 @@ def make_encoder(template: str = "vicuna_v1", tokenizer: Any = None, **change: A
         **change,
     }
     return Encoder(**values)
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    return make_encoder()
