@@ -63,7 +63,7 @@ def test_json_list_and_own_image_folder(folder: Path) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8-sig")
     questions = read_questions(path, images=folder / "images")
     assert [q.images[0].name for q in questions] == ["a.png", "b.png"]
-    assert questions[1].where == f"{path} row 2"
+    assert questions[1].where == f"{path} row 1"
 
 
 def test_blind_asks_the_same_words(folder: Path) -> None:

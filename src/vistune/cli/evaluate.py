@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +48,7 @@ def evaluate(
     SCORERS.get(scorer)
     questions = read_questions(task, images=images, limit=limit)
 
+    from vistune.cli.console import progress_bar
     from vistune.evaluate.answerer import GenerationSettings, model_system, plan_for
     from vistune.evaluate.runner import evaluate as run
 
@@ -78,39 +77,6 @@ def evaluate(
 def _plain(path: Path) -> str:
     """Returns a path as one folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(path)).strip("-.") or "model"
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows how many questions are answered, on a terminal only; yields what to report to."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    from vistune.cli.console import stderr
-
-    console = stderr()
-    tasks: dict[str, TaskID] = {}
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name.replace("_", ", no image: ", 1), total=total)
-            bar.update(tasks[name], completed=done)
-
-        yield report
 
 
 def print_summary(summary: Summary) -> None:

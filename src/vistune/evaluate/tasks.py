@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vistune.data.formats import open_source
+from vistune.data.formats.base import IMAGE_MARK, split_images
 from vistune.errors import DataError, VistuneError
 from vistune.recipe import SourceConfig
-from vistune.types import ImageRef, Part, Turn
+from vistune.types import ImageRef, Turn
 
-IMAGE_MARK = "<image>"
 _MAX_LISTED = 10
 _FORM = '{"id", "image", "question", "answers": [...], "type"?, "choices"?: [...]}'
 
@@ -129,7 +130,7 @@ def _rows(file: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]
         except json.JSONDecodeError as error:
             where = f"{file}:{error.lineno}:{error.colno}"
             raise DataError(f"not valid JSON: {error.msg}", where=where) from error
-        numbered = [(f"{file} row {n}", entry) for n, entry in enumerate(entries, start=1)]
+        numbered = [(f"{file} row {n}", entry) for n, entry in enumerate(entries)]
     else:
         numbered = []
         for number, line in enumerate(text.splitlines(), start=1):
@@ -172,7 +173,7 @@ def _question(row: dict[str, Any], where: str, folder: Path) -> Question:
     return Question(
         id=str(question_id),
         where=where,
-        turns=(Turn("user", _parts(marked)),),
+        turns=(Turn("user", split_images(marked, first=0)[0]),),
         images=tuple(_image(name, folder, where) for name in names),
         answers=answers,
         type="all" if kind is None else str(kind),
@@ -188,16 +189,6 @@ def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
         raise DataError(f"'{key}' is not text or a list of texts", where=where, got=value)
     return tuple(str(v) for v in values)
-
-
-def _parts(text: str) -> tuple[Part, ...]:
-    parts: list[Part] = []
-    for index, piece in enumerate(text.split(IMAGE_MARK)):
-        if index:
-            parts.append(index - 1)
-        if piece:
-            parts.append(piece)
-    return tuple(parts)
 
 
 def _image(name: str, folder: Path, where: str) -> ImageRef:
@@ -222,8 +213,6 @@ def _image(name: str, folder: Path, where: str) -> ImageRef:
 
 def _llava_questions(file: Path, folder: Path, problems: list[str]) -> list[Question]:
     """Reads LLaVA rows as questions: all but the last answer are context, the last is the gold."""
-    from vistune.data.formats import open_source
-
     reader = open_source(SourceConfig(path=str(file), images=str(folder)))
     questions = []
     for row in range(len(reader)):
