@@ -119,10 +119,13 @@ class FakeData:
     rejected: dict[int, tuple[Rejected, ...]] = field(default_factory=dict)
     closed: bool = False
 
-    def steps_per_epoch(self, epoch: int) -> int:
+    def steps_per_epoch(self, epoch: int = 0) -> int:
         return self.per_epoch
 
-    def steps(self, start_step: int) -> Iterator[list[Batch]]:
+    def samples_per_epoch(self, epoch: int = 0) -> int:
+        return self.num_samples
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
         number = start_step
         while True:
             rows = [
@@ -195,6 +198,7 @@ def run(
                 vocabulary_size=VOCABULARY,
                 sources=("main",),
                 data=data or FakeData(),
+                data_fingerprint="x",
                 manifest=manifest,
                 hooks=lambda total: [
                     MetricsHook(opened.directory.metrics),

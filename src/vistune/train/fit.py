@@ -41,14 +41,18 @@ class StepSource(Protocol):
 
     @property
     def num_samples(self) -> int:
-        """Samples in one epoch."""
+        """Usable samples, each counted once."""
         ...
 
-    def steps_per_epoch(self, epoch: int) -> int:
+    def steps_per_epoch(self, epoch: int = 0) -> int:
         """Returns the optimizer steps of an epoch."""
         ...
 
-    def steps(self, start_step: int) -> Iterator[list[Batch]]:
+    def samples_per_epoch(self, epoch: int = 0) -> int:
+        """Returns the samples of an epoch, repeats of a source included."""
+        ...
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yields the rows of each step without end, from step `start_step` (from 0) on."""
         ...
 
@@ -99,6 +103,7 @@ class Job:
         vocabulary_size: Width of the logits.
         sources: Names of the data sources.
         data: The rows.
+        data_fingerprint: Digest of which rows there are; another one is not resumed with.
         manifest: Describes the checkpoint after a step.
         inherited: Weights that did not train but differ from the parts.
         hooks: Made for the total number of steps.
@@ -114,6 +119,7 @@ class Job:
     vocabulary_size: int
     sources: tuple[str, ...]
     data: StepSource
+    data_fingerprint: str
     manifest: Callable[[int], Manifest]
     hooks: Callable[[int], list[Hook]]
     console: Console
@@ -156,6 +162,7 @@ class _Steps:
         self.schedule = Schedule.of(job.recipe.train, total_steps=self.total_steps)
         self.peak_lrs = peak_lrs(job.groups)
         self.autocast = torch.bfloat16 if job.device.dtype == torch.bfloat16 else None
+        self.samples_per_epoch = job.data.samples_per_epoch(0)
         self.clock = Clock()
         self.saved_step: int | None = None
         self.first_loss: float | None = None
@@ -216,6 +223,7 @@ class _Steps:
         """Returns what must be the same on resume and does not stand in the recipe."""
         return {
             "num_samples": self.job.data.num_samples,
+            "data": self.job.data_fingerprint,
             "dtype": str(self.job.device.dtype),
             "schedule": asdict(self.schedule),
         }
@@ -269,7 +277,7 @@ class _Steps:
             self.progress,
             lr={role: lr * factor for role, lr in self.peak_lrs.items()},
             device=self.job.device,
-            num_samples=self.job.data.num_samples,
+            samples_per_epoch=self.samples_per_epoch,
         )
 
     def _count(self, sums: StepSums) -> None:
@@ -299,7 +307,7 @@ class _Steps:
             "grad_norm": str(sums.grad_norm),
             "sample_ids": ids,
         }
-        _append_json(self.directory.skipped, [entry])
+        append_json(self.directory.skipped, [entry])
         self.job.console.print(
             f"[yellow]step {progress.step + 1} skipped[/]: loss {sums.loss}, gradient norm"
             f" {sums.grad_norm}; samples in {self.directory.skipped}"
@@ -310,7 +318,7 @@ class _Steps:
 
     def _count_rejected(self, rows: Sequence[Batch]) -> None:
         """Writes rows that failed in a worker to the quarantine; too many stop the run."""
-        known = {(source, where) for source, where in self.progress.rejected}
+        known = {(entry["source"], entry["where"]) for entry in self.progress.rejected}
         fresh = [
             rejected
             for row in rows
@@ -319,8 +327,9 @@ class _Steps:
         ]
         if not fresh:
             return
-        _append_json(self.directory.quarantine, [asdict(rejected) for rejected in fresh])
-        self.progress.rejected += [[r.source, r.where] for r in fresh]
+        entries = [asdict(rejected) for rejected in fresh]
+        append_json(self.directory.quarantine, entries)
+        self.progress.rejected += entries
         for rejected in fresh:
             self.job.console.print(
                 f"[yellow]row not used[/]: {rejected.source}, {rejected.where}:"
@@ -409,7 +418,8 @@ def _nonfinite(sums: StepSums, sample_ids: list[str], *, step: int, skipped: int
     )
 
 
-def _append_json(path: Path, entries: list[dict[str, Any]]) -> None:
+def append_json(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Appends entries to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

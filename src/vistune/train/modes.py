@@ -6,7 +6,7 @@ would drift although nothing trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Protocol
 
 from torch import nn
 
@@ -14,21 +14,27 @@ from vistune.recipe import TuneConfig
 from vistune.types import ROLES, RoleName
 
 
-def set_training_mode(
-    model: nn.Module, tune: TuneConfig, prefixes: dict[RoleName, Iterable[str]]
-) -> None:
+class RoleMap(Protocol):
+    """Role -> module paths (see `models.contract.ModuleMap`)."""
+
+    def prefixes(self, role: RoleName) -> tuple[str, ...]:
+        """Returns the paths of a role's modules."""
+        ...
+
+
+def set_training_mode(model: nn.Module, tune: TuneConfig, module_map: RoleMap) -> None:
     """Puts what trains in training mode and every frozen role in evaluation mode.
 
     Args:
         model: The model.
         tune: What trains.
-        prefixes: Role -> paths of its modules.
+        module_map: Role -> paths of its modules.
     """
     model.train()
     named = dict(model.named_modules())
     modes = {role: dict(tune)[role].mode for role in ROLES}
     # Outer modules first: a head inside a frozen language model still follows its own mode.
-    paths = sorted((path.rstrip("."), role) for role in ROLES for path in prefixes[role])
+    paths = sorted((path.rstrip("."), role) for role in ROLES for path in module_map.prefixes(role))
     for path, role in paths:
         if path in named:
             named[path].train(modes[role] != "freeze")

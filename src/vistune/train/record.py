@@ -20,7 +20,7 @@ class StepRecord:
 
     Args:
         step: Optimizer updates done, this one included.
-        epoch: Samples seen over samples in the data.
+        epoch: Samples seen over samples of an epoch.
         loss: Mean negative log-likelihood per target token, nats.
         loss_per_source: The same for each data source with targets in this step.
         lr: Learning rate of this update by role.
@@ -92,14 +92,14 @@ class Clock:
         *,
         lr: dict[str, float],
         device: Device,
-        num_samples: int,
+        samples_per_epoch: int,
     ) -> StepRecord:
         """Returns the record of the step just done and starts the next interval."""
         elapsed_s = time.perf_counter() - self._since
         steps, measured = max(1, self._steps), elapsed_s > 0
         record = StepRecord(
             step=progress.step,
-            epoch=progress.num_samples / max(1, num_samples),
+            epoch=progress.num_samples / max(1, samples_per_epoch),
             loss=sums.loss,
             loss_per_source=sums.loss_per_source,
             lr=lr,

@@ -22,7 +22,7 @@ class Progress:
         num_samples: Samples seen.
         num_tokens: Tokens seen, image tokens included.
         num_target_tokens: Target tokens learnt from.
-        rejected: Distinct rows that could not be read while training, as [source, where].
+        rejected: Distinct rows that could not be read while training, as in the quarantine.
     """
 
     step: int = 0
@@ -31,7 +31,7 @@ class Progress:
     num_samples: int = 0
     num_tokens: int = 0
     num_target_tokens: int = 0
-    rejected: list[list[str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def to_state(self) -> dict[str, Any]:
         """Returns the counters as plain values."""

@@ -1,0 +1,328 @@
+"""A training run, told in order: device, directory, data, model, steps.
+
+This is where the engines meet; each chapter is a function of its own below or in a module of its
+own. The steps themselves are in `fit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from vistune._version import __version__
+from vistune.checkpoint.files import INHERITED_NAME
+from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
+from vistune.checkpoint.load import read_weights
+from vistune.checkpoint.manifest import Manifest, read_manifest
+from vistune.device import Device, seed_everything, select_device, versions
+from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
+from vistune.train.fit import Job, TrainResult, append_json, fit, num_steps
+from vistune.train.hooks import (
+    ConsoleHook,
+    Hook,
+    MetricsHook,
+    SampleAnswersHook,
+    TensorBoardHook,
+)
+from vistune.train.hooks.samples import Answer
+from vistune.train.modes import set_training_mode
+from vistune.train.opening import OpenRun, open_run
+from vistune.train.report import print_data, print_result, print_tuning
+
+if TYPE_CHECKING:
+    from vistune.assembly import Blueprint
+    from vistune.data.check import CheckReport
+    from vistune.data.loader import TrainData
+    from vistune.models.compose import ComposedVLM
+    from vistune.models.tune import Tuning
+
+
+def train(
+    resolved: ResolvedRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains what a recipe describes.
+
+    Args:
+        resolved: The recipe with the origin of its values.
+        resume: Go on from the newest whole checkpoint of the run directory.
+        overwrite: Discard a run that is already there.
+        console: Where progress is shown; standard output when left out.
+
+    Returns:
+        How the run ended; `interrupted_by` names the signal that ended it early.
+
+    Raises:
+        VistuneError: What a user can mend; see the subclasses in `errors`.
+    """
+    console = console or Console()
+    recipe = resolved.recipe
+    device = _device(recipe, console)
+    with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
+        opened.directory.record_start(
+            resolved,
+            versions=versions(),
+            device=device.name,
+            resumed_from=opened.progress.step,
+        )
+        seed_everything(recipe.seed)
+        blueprint = _blueprint(recipe, opened)
+        data = _data(recipe, blueprint, opened, device, console)
+        built = _model(recipe, blueprint, opened, device)
+        total_steps = num_steps(recipe, data)
+        print_tuning(built.tuning, recipe.train, console)
+        result = fit(_job(recipe, opened, device, blueprint, data, built, console))
+    print_result(result, console, total_steps=total_steps)
+    return result
+
+
+def _device(recipe: Recipe, console: Console) -> Device:
+    device = select_device(recipe.device, recipe.dtype)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    console.print(f"device: {device.name} ({device.kind}, {str(device.dtype).split('.')[-1]})")
+    if device.note:
+        console.print(f"[yellow]note:[/] {device.note}")
+    device.reset_peak_memory()
+    return device
+
+
+def _blueprint(recipe: Recipe, opened: OpenRun) -> Blueprint:
+    """Describes the model: from the recipe, or from the checkpoint that is gone on from.
+
+    A resumed run asks its own checkpoint, because what `model.from_checkpoint` named at the start
+    may have been trained further since.
+    """
+    from vistune.assembly import draw
+
+    if opened.checkpoint is None:
+        return draw(recipe)
+    manifest = read_manifest(opened.checkpoint)
+    if manifest.parts is not None:
+        require_same_parts(manifest.part_fingerprints, manifest.parts, where=opened.checkpoint)
+    here = ModelConfig(from_checkpoint=str(opened.checkpoint))
+    return draw(recipe.model_copy(update={"model": here}))
+
+
+def _data(
+    recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device, console: Console
+) -> TrainData:
+    """Checks every row by its headers, writes down what cannot be used, opens the rest."""
+    from vistune.data.check import check_sources
+    from vistune.data.loader import TrainData
+
+    report = check_sources(
+        recipe.data.train,
+        blueprint.encoder,
+        max_tokens=recipe.batch.max_tokens,
+        overlong=recipe.data.overlong,
+        workers=recipe.data.workers,
+    )
+    directory = opened.directory
+    directory.check_report.write_text(
+        json.dumps(report.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+    report.write_quarantine(directory.quarantine)
+    append_json(directory.quarantine, opened.progress.rejected)
+    data = TrainData(
+        recipe.data,
+        recipe.batch,
+        blueprint.encoder,
+        recipe.seed,
+        report=report,
+        pin_memory=device.kind == "cuda",
+    )
+    print_data(report, console, quarantine=directory.quarantine)
+    return data
+
+
+@dataclass
+class _Built:
+    """A model whose trained parameters are chosen and in place."""
+
+    model: ComposedVLM
+    tuning: Tuning
+    inherited: dict[str, torch.Tensor]
+
+
+def _model(recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device) -> _Built:
+    """Loads the model, chooses what trains, and puts a resumed run's weights in place."""
+    from vistune.assembly import build, lay_over
+    from vistune.models.recompute import set_checkpoint_layers
+    from vistune.models.tune import Tuning, apply_tuning
+
+    if opened.checkpoint is None:
+        model = build(blueprint, seed=recipe.seed, dtype=device.dtype)
+        before = _changed_by(blueprint.checkpoint, model)
+        tuning = apply_tuning(model, recipe.tune, seed=recipe.seed)
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        inherited = {name: tensor for name, tensor in before.items() if name not in trains}
+    else:
+        bare = replace(blueprint, checkpoint=None)
+        model = build(bare, seed=recipe.seed, dtype=device.dtype)
+        lay_over(model, opened.checkpoint)
+        tuning = Tuning(model, recipe.tune)
+        has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
+        inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}
+    model.to(device.torch_device)
+    set_training_mode(model, recipe.tune, model.module_map)
+    set_checkpoint_layers(model, recipe.train.checkpoint_layers)
+    return _Built(model, tuning, inherited)
+
+
+def _changed_by(checkpoint: Path | None, model: ComposedVLM) -> dict[str, torch.Tensor]:
+    """Returns copies of the weights in which a model gone on from differs from its parts.
+
+    Args:
+        checkpoint: What was laid over the parts, adapters merged; None when nothing was.
+        model: The model, before adapters of this run.
+    """
+    if checkpoint is None:
+        return {}
+    names = set(read_weights(checkpoint))
+    if (checkpoint / INHERITED_NAME).is_file():
+        names |= set(read_weights(checkpoint, INHERITED_NAME))
+    # A merged adapter has changed the weight of the layer it stood beside.
+    names = {f"{n.split('.lora_')[0]}.weight" if ".lora_" in n else n for n in names}
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: state[name].detach().clone() for name in sorted(names)}
+
+
+def _job(
+    recipe: Recipe,
+    opened: OpenRun,
+    device: Device,
+    blueprint: Blueprint,
+    data: TrainData,
+    built: _Built,
+    console: Console,
+) -> Job:
+    fingerprints = fingerprint_parts(blueprint.parts)
+    encoder_state = blueprint.encoder.to_state()
+
+    def manifest(step: int) -> Manifest:
+        return Manifest(
+            vistune_version=__version__,
+            kind="checkpoint",
+            parts=blueprint.parts,
+            part_fingerprints=fingerprints,
+            tune=recipe.tune.model_dump(mode="json"),
+            seed=recipe.seed,
+            merged_from=_lineage(recipe, blueprint, opened),
+            encoder=encoder_state,
+            step=step,
+            recipe=recipe.model_dump(mode="json"),
+        )
+
+    def hooks(total_steps: int) -> list[Hook]:
+        return _hooks(recipe, opened, device, blueprint, built, console, total_steps=total_steps)
+
+    return Job(
+        recipe=recipe,
+        opened=opened,
+        device=device,
+        model=built.model,
+        groups=built.tuning.groups(recipe.train),
+        vocabulary_size=int(built.model.config.text_config.vocab_size),
+        sources=tuple(dict.fromkeys(data.report.sources)),
+        data=data,
+        data_fingerprint=_digest(data.report),
+        manifest=manifest,
+        hooks=hooks,
+        console=console,
+        inherited=built.inherited,
+    )
+
+
+def _digest(report: CheckReport) -> str:
+    """Returns a digest of which rows are used and how many tokens each has."""
+    digest = hashlib.sha256(json.dumps([report.sources, report.num_rows]).encode())
+    for rows in report.accepted:
+        digest.update(rows.tobytes())
+    digest.update(report.lengths.tobytes())
+    return digest.hexdigest()
+
+
+def _lineage(recipe: Recipe, blueprint: Blueprint, opened: OpenRun) -> tuple[str, ...]:
+    """Returns the checkpoints whose weights this run contains, oldest first."""
+    if opened.checkpoint is not None:
+        return read_manifest(opened.checkpoint).merged_from
+    if blueprint.checkpoint is None:
+        return ()
+    return (*read_manifest(blueprint.checkpoint).merged_from, str(blueprint.checkpoint))
+
+
+def _hooks(
+    recipe: Recipe,
+    opened: OpenRun,
+    device: Device,
+    blueprint: Blueprint,
+    built: _Built,
+    console: Console,
+    *,
+    total_steps: int,
+) -> list[Hook]:
+    directory = opened.directory
+    hooks: list[Hook] = [MetricsHook(directory.metrics)]
+    tensorboard = TensorBoardHook(directory.tensorboard) if recipe.log.tensorboard else None
+    if tensorboard is not None:
+        hooks.append(tensorboard)
+    hooks.append(ConsoleHook(console, total_steps=total_steps, live=recipe.log.progress))
+    if recipe.sample.prompts:
+        hooks.append(
+            SampleAnswersHook(
+                _asker(recipe, device, blueprint, built.model),
+                model=built.model,
+                folder=directory.samples,
+                every_steps=recipe.sample.every_steps,
+                tensorboard=tensorboard,
+                device=device.torch_device,
+            )
+        )
+    return hooks
+
+
+def _asker(
+    recipe: Recipe, device: Device, blueprint: Blueprint, model: ComposedVLM
+) -> Callable[[], Sequence[Answer]]:
+    """Returns what asks the recipe's questions of the model as it then is."""
+    from vistune.generate import Prompt, generate
+    from vistune.types import ImageRef, Part, Turn
+
+    asked = [
+        (question, name)
+        for name in (recipe.sample.images or (None,))
+        for question in recipe.sample.prompts
+    ]
+    prompts = []
+    for question, name in asked:
+        parts: tuple[Part, ...] = (question,) if name is None else (0, "\n" + question)
+        images = [] if name is None else [ImageRef(Path(name).resolve(), name)]
+        prompts.append(Prompt(turns=(Turn("user", parts),), images=tuple(images)))
+
+    def ask() -> list[Answer]:
+        half = device.dtype == torch.bfloat16
+        with torch.autocast(device.kind, dtype=torch.bfloat16) if half else nullcontext():
+            texts = generate(
+                model,
+                blueprint.encoder,
+                prompts,
+                max_new_tokens=recipe.sample.max_new_tokens,
+            )
+        return [
+            Answer(question, name, text)
+            for (question, name), text in zip(asked, texts, strict=True)
+        ]
+
+    return ask

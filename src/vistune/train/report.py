@@ -1,0 +1,82 @@
+"""What a person reads before the first step and after the last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.tree import Tree
+
+from vistune.recipe import TrainConfig
+
+if TYPE_CHECKING:
+    from vistune.data.check import CheckReport
+    from vistune.models.tune import Tuning
+    from vistune.train.fit import TrainResult
+
+
+def print_data(report: CheckReport, console: Console, *, quarantine: Path) -> None:
+    """Says how much data there is and what of it is not used."""
+    mean_tokens = report.num_tokens / max(1, report.num_ok)
+    console.print(
+        f"data: {report.num_ok:,} of {report.total_rows:,} rows usable,"
+        f" {report.num_images:,} images, {report.num_tokens:,} tokens"
+        f" ({report.num_image_tokens:,} of images, {report.num_target_tokens:,} targets,"
+        f" {mean_tokens:.0f} a row)",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if report.rejected:
+        console.print(report.table(), soft_wrap=True, highlight=False, markup=False)
+        console.print(f"[yellow]{len(report.rejected)} rows set aside[/], listed in {quarantine}")
+
+
+def print_tuning(tuning: Tuning, train: TrainConfig, console: Console) -> None:
+    """Prints what trains as a tree: role, module, mode, counts, learning rate."""
+    rows = tuning.table()
+    total = sum(row.num_total for row in rows if row.depth == 0)
+    trained = sum(row.num_trainable for row in rows if row.depth == 0)
+    tree = Tree(
+        f"model: {total:,} parameters, {trained:,} train ({trained / max(1, total):.2%})",
+        highlight=False,
+    )
+    branch = tree
+    for row in rows:
+        text = f"{row.module} {row.num_total:,}"
+        if row.num_trainable:
+            text += f", {row.num_trainable:,} train"
+        if row.depth:
+            branch.add(text)
+            continue
+        mode = row.mode
+        if row.num_trainable:
+            mode += f", lr {train.lr if row.lr is None else row.lr:g}"
+        branch = tree.add(f"{row.role} ({mode}): {text}")
+    console.print(tree)
+
+
+def print_result(result: TrainResult, console: Console, *, total_steps: int) -> None:
+    """Says how the run ended, and how to go on."""
+    if result.interrupted_by is not None:
+        console.print(
+            f"[yellow]stopped by {result.interrupted_by}[/] after step {result.steps} of"
+            f" {total_steps}; saved {result.checkpoint}. To go on: the same command with --resume",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
+    counts = [f"{result.steps} steps"]
+    if result.seconds > 0:
+        counts.append(f"{result.seconds:.1f} s")
+    if result.first_loss is not None and result.final_loss is not None:
+        counts.append(f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}")
+    if result.skipped_steps:
+        counts.append(f"{result.skipped_steps} steps skipped")
+    if result.rejected_rows:
+        counts.append(f"{result.rejected_rows} rows rejected while training")
+    console.print(
+        f"done: {', '.join(counts)}; checkpoint {result.checkpoint}",
+        soft_wrap=True,
+        highlight=False,
+    )
