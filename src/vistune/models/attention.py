@@ -136,6 +136,33 @@ def packed_attention(
     )
 
 
+def attend_packed(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention within each sample of a packed row, outside a transformers layer.
+
+    Args:
+        query_THD: [T, H, D].
+        key_THD: [T, H_kv, D].
+        value_THD: [T, H_kv, D].
+        cu_seqlens: int32 [S + 1].
+        max_seqlen: Tokens of the longest sample.
+        window: Positions a token sees, itself included; None for all before it.
+
+    Returns:
+        [T, H, D].
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD))
+    packing = packing_mask(cu_seqlens, max_seqlen)
+    return _packed(q, k, v, packing, dropout=0.0, scale=None, window=window, softcap=None)[0]
+
+
 def _packed(
     query: Tensor,
     key: Tensor,

@@ -26,6 +26,7 @@ from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.connectors import build_connector
 from vistune.models.contract import ModuleMap
 from vistune.models.facts import vision_config_from
+from vistune.models.fused.trunk import FusedTrunk
 from vistune.models.language.decoder import check_config, logits_of
 from vistune.models.towers.families import (
     TowerPlan,
@@ -99,8 +100,9 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         image_token_id: int,
         image_embed_scale: float,
     ) -> ComposedConfig:
-        """Builds a config from its typed parts."""
-        return cls(
+        """Builds a config from its typed parts, which keep their choice of attention."""
+        chosen = [(part, part._attn_implementation) for part in (vision_config, text_config)]
+        config = cls(
             vision_config=vision_config,
             text_config=text_config,
             tower=to_state(tower),
@@ -109,6 +111,10 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
             image_token_id=image_token_id,
             image_embed_scale=image_embed_scale,
         )
+        # A config hands its own choice, which is still open, down to its parts.
+        for part, attention in chosen:
+            part._attn_implementation = attention
+        return config
 
 
 class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -146,6 +152,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         self.image_token_id = int(config.image_token_id)
         self.touch_vision_always = False
+        self.fused: FusedTrunk | None = None
         if language_model is None:
             check_config(config.text_config, where="config.json")
             language_model = AutoModelForCausalLM.from_config(
@@ -165,6 +172,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.vision_tower = vision_tower
         self.connector = connector
         self.language_model = language_model
+        # Whatever a saved config says: any other attention would mix packed samples.
+        language_model.config._attn_implementation = register_packed_attention()
         self._finish(keep_weights=given)
 
     def _finish(self, *, keep_weights: bool) -> None:
@@ -292,8 +301,13 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         pixel_values_NCYX: Tensor | None,
     ) -> Tensor:
         """Runs one packed row up to and including the final norm; see `contract`."""
+        embeds_BTD = self.embed(input_ids_BT, pixel_values_NCYX)
+        if self.fused is not None:
+            return self.fused.hidden_states(
+                embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
         out = _compat.decoder_of(self.language_model)(
-            inputs_embeds=self.embed(input_ids_BT, pixel_values_NCYX),
+            inputs_embeds=embeds_BTD,
             attention_mask=packing_mask(cu_seqlens, max_seqlen),
             position_ids=position_ids_BT,
             use_cache=False,

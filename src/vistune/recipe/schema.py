@@ -105,6 +105,9 @@ class FreezeTune(Section):
 
     mode: Literal["freeze"] = "freeze"
     """Train nothing."""
+    frozen_format: Literal["same", "fp8"] = "same"
+    """Format the frozen weights are held in: `same` as `dtype`, or `fp8` (language only; row-wise
+    scales, products in FP8 forward and backward; needs a device that multiplies FP8)."""
 
 
 class FullTune(Section):
@@ -136,6 +139,8 @@ class LoraTune(Section):
     """Rank-stabilised scale."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA)."""
+    frozen_format: Literal["same", "fp8"] = "same"
+    """Format the frozen weights beside the adapters are held in; see `freeze`."""
     lr: PositiveFloat | None = None
     """Learning rate of this role; `train.lr` when left out."""
     weight_decay: NonNegativeFloat | None = None
@@ -162,6 +167,12 @@ class TuneConfig(Section):
         for name in ("connector", "head"):
             if getattr(self, name).mode == "lora":
                 raise ValueError(f"tune.{name} takes freeze or full, not lora")
+        for name in ("vision", "connector", "head"):
+            tune = getattr(self, name)
+            if tune.mode != "full" and tune.frozen_format != "same":
+                raise ValueError(
+                    f"tune.{name}.frozen_format is 'same'; only language takes another"
+                )
         return self
 
 
@@ -287,6 +298,10 @@ class TrainConfig(Section):
     checkpoint_layers: NonNegativeInt = 0
     """Language-model layers whose activations are recomputed in the backward pass, from the first
     layer on; saves memory, costs time."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Run the language model's layers as fused functions: less time and memory, the same numbers.
+    Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
+    said when not; `on`: an error when not."""
     threads: PositiveInt | None = None
     """CPU threads for arithmetic; torch's own choice when left out."""
 

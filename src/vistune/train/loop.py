@@ -79,7 +79,7 @@ def train(
         seed_everything(recipe.seed)
         blueprint = _blueprint(recipe, opened)
         data = _data(recipe, blueprint, opened, device, console)
-        built = _model(recipe, blueprint, opened, device)
+        built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
         print_tuning(built.tuning, recipe.train, console)
         result = fit(_job(recipe, opened, device, blueprint, data, built, console))
@@ -156,9 +156,12 @@ class _Built:
     inherited: dict[str, torch.Tensor]
 
 
-def _model(recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device) -> _Built:
+def _model(
+    recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device, console: Console
+) -> _Built:
     """Loads the model, chooses what trains, and puts a resumed run's weights in place."""
     from vistune.assembly import build, lay_over
+    from vistune.models.fused.install import install_fused
     from vistune.models.recompute import set_checkpoint_layers
     from vistune.models.tune import Tuning, apply_tuning
 
@@ -178,6 +181,15 @@ def _model(recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device
     model.to(device.torch_device)
     set_training_mode(model, recipe.tune, model.module_map)
     set_checkpoint_layers(model, recipe.train.checkpoint_layers)
+    language = recipe.tune.language
+    console.print(
+        install_fused(
+            model,
+            mode=recipe.train.fused,
+            fp8=language.mode != "full" and language.frozen_format == "fp8",
+            num_recomputed=recipe.train.checkpoint_layers,
+        )
+    )
     return _Built(model, tuning, inherited)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistune.models.fused.torch_ops import Operand
 
@@ -35,7 +35,7 @@ class Adapter:
     stop: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Projection:
     """y = x W^T + b, and the adapters' share of it.
 
@@ -178,6 +178,41 @@ class Projection:
         for adapter, down, up in zip(self.adapters, down_grads, ups, strict=True):
             grads += [down.to(adapter.down_RI.dtype), up.to(adapter.up_OR.dtype)]
         return dx, grads
+
+
+class Fp8Linear(nn.Module):
+    """One of the maps merged into an FP8 projection, by itself, for generation.
+
+    It stands where the frozen linear layer stood, holds no memory of its own and has no backward
+    pass: training goes through the projection.
+
+    Args:
+        projection: The projection, already in FP8.
+        start: First output row.
+        stop: One past the last output row.
+        ops: The elementwise kernels.
+    """
+
+    def __init__(self, projection: Projection, start: int, stop: int, ops: ModuleType) -> None:
+        super().__init__()
+        assert projection.fp8_OI is not None and projection.scale_O is not None
+        self.in_features, self.out_features = projection.fp8_OI.shape[1], stop - start
+        self.fp8_OI = projection.fp8_OI[start:stop]
+        self.scale_1O = projection.scale_O[None, start:stop]
+        self.bias_O = None if projection.bias_O is None else projection.bias_O[start:stop]
+        self.dtype, self.ops = projection.dtype, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the map to [..., in]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise AssertionError("an FP8 layer by itself has no backward pass")
+        fp8, scale = self.ops.quantize_rows(x.reshape(-1, self.in_features).to(self.dtype))
+        y = torch._scaled_mm(
+            fp8, self.fp8_OI.t(), scale_a=scale, scale_b=self.scale_1O,
+            out_dtype=self.dtype, use_fast_accum=True,
+        )  # fmt: skip
+        y = y if self.bias_O is None else y.add_(self.bias_O)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def _fp8(x: Operand) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistune.models.attention import attend_packed
 from vistune.models.fused import torch_ops
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
-from vistune.models.fused.projection import Adapter, Projection
+from vistune.models.fused.projection import Adapter, Fp8Linear, Projection
 from vistune.models.fused.torch_ops import Activation
 
 
@@ -50,13 +51,30 @@ class FusedTrunk:
 
     Args:
         layers: In order.
+        rotary: The decoder's rotary table module.
+        norm: The decoder's final norm.
         ops: `torch_ops` or `triton_ops`.
         num_recomputed: Layers, from the first, that are computed again in the backward pass.
     """
 
     layers: list[FusedLayer]
+    rotary: nn.Module
+    norm: nn.Module
     ops: ModuleType
     num_recomputed: int = 0
+
+    def hidden_states(
+        self, embeds_BTD: Tensor, position_ids_BT: Tensor, *, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """Runs all layers and the final norm over one packed row [1, T, D]."""
+        cos, sin = self.rotary(embeds_BTD, position_ids_BT)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend_packed(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+        hidden_TD = self(embeds_BTD[0], cos[0], sin[0], attention=attention)
+        out: Tensor = self.norm(hidden_TD[None])
+        return out
 
     def __call__(self, x_TD: Tensor, cos: Tensor, sin: Tensor, *, attention: Attention) -> Tensor:
         """Runs the layers over a packed row [T, D]; the final norm is the caller's."""
@@ -83,8 +101,8 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     Args:
         decoder: A transformers decoder (`LlamaModel`, ...), adapters already in place.
         device: Where it runs.
-        fp8: Hold the frozen weights in FP8; the decoder's own projections are then no longer
-            usable by themselves.
+        fp8: Hold the frozen weights in FP8; the decoder's own linear modules then read them too,
+            without a backward pass.
 
     Raises:
         NotFusable: A layer is of an unknown class, trains base weights, or has adapters with
@@ -92,14 +110,43 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     """
     ops = select_ops(device)
     modules = list(decoder.layers)  # type: ignore[arg-type]
+    _check_attention(decoder.config)
     for module in modules:
         _check(module)
     layers = [_fuse_layer(module, decoder.config) for module in modules]
     if fp8:
-        for layer in layers:
-            for projection in layer.projections():
-                projection.to_fp8(ops)
-    return FusedTrunk(layers, ops)
+        for module, layer in zip(modules, layers, strict=True):
+            _to_fp8(module, layer, ops)
+    return FusedTrunk(layers, decoder.rotary_emb, decoder.norm, ops)  # type: ignore[arg-type]
+
+
+def _to_fp8(module: Any, layer: FusedLayer, ops: ModuleType) -> None:
+    """Turns a layer's frozen weights into FP8; the layer's own linear modules then read them."""
+    a, m = module.self_attn, module.mlp
+    places = {
+        layer.qkv: [(a, "q_proj"), (a, "k_proj"), (a, "v_proj")],
+        layer.out: [(a, "o_proj")],
+        layer.gate_up: [(m, "gate_proj"), (m, "up_proj")],
+        layer.down: [(m, "down_proj")],
+    }
+    for projection, owners in places.items():
+        projection.to_fp8(ops)
+        at = 0
+        for owner, name in owners:
+            linear = getattr(owner, name)
+            width = _base(linear).out_features
+            stand_in = Fp8Linear(projection, at, at + width, ops)
+            if linear is _base(linear):
+                setattr(owner, name, stand_in)
+            else:
+                linear.base_layer = stand_in
+            at += width
+
+
+def _check_attention(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        raise NotFusable("layers attend through a sliding window")
 
 
 def _check(module: Any) -> None:

@@ -1,0 +1,73 @@
+"""Puts the fused path into a composed model, and says what it did or why not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from vistune import _compat
+from vistune.errors import DeviceError, ModelError
+from vistune.models.compose import ComposedVLM
+from vistune.models.fused.trunk import NotFusable, fuse
+
+
+def install_fused(
+    model: ComposedVLM,
+    *,
+    mode: Literal["auto", "on", "off"],
+    fp8: bool,
+    num_recomputed: int = 0,
+) -> str:
+    """Makes a model run its decoder layers fused, where it can.
+
+    Args:
+        model: On its device, adapters and trained weights in place.
+        mode: `train.fused` of the recipe.
+        fp8: Hold the language model's frozen weights in FP8.
+        num_recomputed: Layers, from the first, that are computed again in the backward pass.
+
+    Returns:
+        One sentence on what the layers run as.
+
+    Raises:
+        ModelError: `on` (or FP8) is asked for and the model has no fused form.
+        DeviceError: FP8 is asked for on a device without it.
+    """
+    device = next(model.language_model.parameters()).device
+    if fp8:
+        _check_fp8(device)
+    wanted = mode == "on" or fp8 or (mode == "auto" and device.type == "cuda")
+    if not wanted:
+        return "decoder layers: transformers' own"
+    if mode == "off":
+        raise ModelError(
+            "frozen_format=fp8 runs in the fused layers, which train.fused=off turns off",
+            where="train.fused",
+            fix="set train.fused=auto, or tune.language.frozen_format=same",
+        )
+    try:
+        trunk = fuse(_compat.decoder_of(model.language_model), device=device, fp8=fp8)
+    except NotFusable as reason:
+        if mode == "on" or fp8:
+            raise ModelError(
+                f"the language model cannot run fused: {reason}",
+                where="train.fused" if mode == "on" else "tune.language.frozen_format",
+                fix="set train.fused=auto and tune.language.frozen_format=same",
+            ) from reason
+        return f"decoder layers: transformers' own, not fused: {reason}"
+    trunk.num_recomputed = num_recomputed
+    model.fused = trunk
+    return f"decoder layers: fused{', frozen weights in FP8' if fp8 else ''}"
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return
+    raise DeviceError(
+        "this device does not multiply FP8",
+        where="tune.language.frozen_format",
+        got=str(device),
+        expected="an NVIDIA GPU of compute capability 8.9 or higher",
+        fix="set tune.language.frozen_format=same",
+    )
