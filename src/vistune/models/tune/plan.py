@@ -17,7 +17,7 @@ from vistune.recipe import TrainConfig, TuneConfig
 from vistune.recipe.schema import FreezeTune, FullTune, LoraTune
 from vistune.types import ROLES, RoleName
 
-_ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_ADAPTER_PARTS = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def apply_tuning(model: ComposedVLM, tune: TuneConfig, *, seed: int) -> Tuning:
     unreached = {f"vision_tower.{n}" for n in never_trained(model.vision_tower, model.plan)}
     for name, parameter in model.named_parameters():
         part_tune = getattr(tune, module_map.role_of(name))
-        adapter = any(part in name for part in _ADAPTER_PARTS)
+        adapter = not _ADAPTER_PARTS.isdisjoint(name.split("."))
         trains = part_tune.mode == "full" or (part_tune.mode == "lora" and adapter)
         parameter.requires_grad_(trains and name not in unreached)
         if parameter.requires_grad:
