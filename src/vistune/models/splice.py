@@ -1,0 +1,73 @@
+"""Puts image embeddings in their places among text embeddings. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vistune import _compat
+from vistune.errors import ModelError
+
+
+def splice(text_BTD: Tensor, at_image_BT: Tensor, images_KD: Tensor | None) -> Tensor:
+    """Replaces the embeddings at image positions.
+
+    Args:
+        text_BTD: [B, T, D]; what stands at image positions is thrown away.
+        at_image_BT: bool [B, T].
+        images_KD: [K, D], the embeddings of all images in reading order; None for no image.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        ModelError: There are more or fewer image positions than embeddings (on a GPU the failure
+            comes from the device, because asking for the number would make the host wait).
+    """
+    num_embeddings = 0 if images_KD is None else images_KD.shape[0]
+    if at_image_BT.is_cuda:
+        _compat.assert_on_device(
+            at_image_BT.sum() == num_embeddings, "image tokens and images do not match"
+        )
+    elif at_image_BT.device.type != "meta":
+        num_places = int(at_image_BT.sum())
+        if num_places != num_embeddings:
+            raise ModelError(
+                "image tokens and images do not match",
+                got=f"{num_places} image tokens in the text, {num_embeddings} from the images",
+                fix="give the model every image that its ids stand for, and no others",
+            )
+    if images_KD is None:
+        return text_BTD
+    return text_BTD.masked_scatter(at_image_BT[..., None], images_KD.to(text_BTD.dtype))
+
+
+def idle(
+    image_embeddings: Callable[[Tensor], Tensor],
+    modules: Iterable[nn.Module],
+    *,
+    side_px: int,
+    like: Tensor,
+    always: bool,
+) -> Tensor:
+    """Returns a zero that depends on every trained weight of modules a text row does not need.
+
+    Without it a row of text alone would leave gradients missing, and with several processes the
+    others would wait for them for ever.
+
+    Args:
+        image_embeddings: From pixels to embeddings.
+        modules: What it runs.
+        side_px: Side of its input.
+        like: Gives device and number format.
+        always: Run the modules even when none of their weights train (they are sharded).
+    """
+    zero = like.new_zeros(())
+    if not torch.is_grad_enabled():
+        return zero
+    if not always and not any(p.requires_grad for m in modules for p in m.parameters()):
+        return zero
+    blank = like.new_zeros(1, 3, side_px, side_px)
+    return image_embeddings(blank).sum().to(like.dtype) * 0.0
