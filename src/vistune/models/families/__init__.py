@@ -1,6 +1,6 @@
 """The public model families vistune knows by name; importing this fills the registries."""
 
-from vistune.models.families import cogvlm2, internlm2
+from vistune.models.families import cogvlm2, internlm2, mgm, visualglm
 from vistune.models.families.contract import (
     FAMILIES,
     LANGUAGE_FAMILIES,
@@ -17,4 +17,6 @@ __all__ = [
     "cogvlm2",
     "detect",
     "internlm2",
+    "mgm",
+    "visualglm",
 ]
