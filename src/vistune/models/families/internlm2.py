@@ -10,11 +10,33 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistune.models.families.contract import LANGUAGE_FAMILIES
+from vistune.models.families.files import built_on_meta, fill, read_config, read_tensors
 from vistune.models.language.internlm2 import (
     MODEL_TYPE,
+    internlm2_keys,
     internlm2_to_llama_config,
-    load_internlm2,
 )
+
+
+def load_internlm2(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Loads a public InternLM2 directory as a Llama, every tensor accounted for.
+
+    Args:
+        directory: `config.json` and weight files.
+        dtype: Number format of the weights.
+
+    Raises:
+        ModelError: See `internlm2_to_llama_config`.
+        WeightsError: A tensor is missing, left over or of another shape.
+    """
+    config = internlm2_to_llama_config(read_config(directory))
+    model = built_on_meta(lambda: LlamaForCausalLM(config))
+    public = {name: tensor.to(dtype) for name, tensor in read_tensors(directory)}
+    where = str(directory)
+    fill(model, internlm2_keys(config).from_public(public, where=where), where=where)
+    # Its tables are no weights, so they are still without memory.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
 
 
 class InternLM2Family:

@@ -9,15 +9,14 @@ Source: InternLM2-chat-1.8B, config.json and remote code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vistune.errors import ModelError
-from vistune.models.families.files import built_on_meta, fill, read_config, read_tensors
 from vistune.models.keymap import Entry, Form, KeyMap
 
 MODEL_TYPE = "internlm2"
@@ -157,25 +156,24 @@ def grouped_heads(*, num_groups: int, head_dim: int) -> Form:
     return Form(split=split, join=join)
 
 
-def load_internlm2(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Loads a public InternLM2 directory as a Llama, every tensor accounted for.
+def public_frequencies(config: LlamaConfig, *, longest_tokens: int) -> Tensor:
+    """Rotary frequencies of the public code once it has seen a text of some length.
+
+    With dynamic scaling a text beyond `max_position_embeddings` stretches the frequencies. The
+    public code keeps them stretched for every later text, short ones included; the Llama classes
+    go back, so that an answer does not depend on what was asked before. This is for comparing
+    with outputs of the public code only.
 
     Args:
-        directory: `config.json` and weight files.
-        dtype: Number format of the weights.
+        config: The model's Llama config, with dynamic scaling.
+        longest_tokens: Longest text seen so far.
 
-    Raises:
-        ModelError: See `internlm2_to_llama_config`.
-        WeightsError: A tensor is missing, left over or of another shape.
+    Returns:
+        float32 [head_dim / 2].
     """
-    config = internlm2_to_llama_config(read_config(directory))
-    model = built_on_meta(lambda: LlamaForCausalLM(config))
-    public = {name: tensor.to(dtype) for name, tensor in read_tensors(directory)}
-    where = str(directory)
-    fill(model, internlm2_keys(config).from_public(public, where=where), where=where)
-    # Its tables are no weights, so they are still without memory.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, seq_len=longest_tokens)
+    assert isinstance(frequencies, Tensor)
+    return frequencies
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
