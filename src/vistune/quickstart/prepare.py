@@ -32,7 +32,7 @@ from vistune.quickstart.datasets import BuiltDatasets, DatasetPlan, build_datase
 IMAGE_SIZE_PX = 128
 FEATURE_MAPS = ("head",)
 # Raised whenever a conversion or builder would give other bytes than before.
-PRODUCT_VERSION = 1
+PRODUCT_VERSION = 2
 _SEAL = "seal.json"
 Say = Callable[[str], None]
 
