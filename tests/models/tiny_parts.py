@@ -241,3 +241,28 @@ def one_by_one(model: ComposedVLM, made: Row) -> list[Tensor]:
 def packed_logits(model: ComposedVLM, made: Row) -> list[Tensor]:
     logits = model.logits(model.hidden_states(**made.packed)[0])
     return list(logits.split([len(ids) for ids in made.ids]))
+
+
+def encoder(facts: ModelFacts, template: Any = None) -> Any:
+    """An encoder with a plain question-and-answer template."""
+    from vistune.data.encode import Encoder
+    from vistune.data.image import ImagePlan
+    from vistune.data.template.pieces import PieceTemplate
+    from vistune.recipe import ImageConfig
+
+    return Encoder(
+        tokenizer=facts.tokenizer,
+        template=template
+        or PieceTemplate(
+            name="test",
+            user_open="Q: ",
+            user_close="\n",
+            answer_cue="A:",
+            answer_open=" ",
+            answer_close="</s>",
+            stop=("</s>",),
+        ),
+        image_plan=ImagePlan.resolve(ImageConfig(mode="resize"), facts.image_defaults),
+        grid=facts.grid,
+        image_token_id=facts.image_token_id,
+    )

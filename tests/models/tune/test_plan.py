@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from tiny_parts import composed, packed_logits, row
 
 from vistune.errors import ModelError, WeightsError

@@ -1,0 +1,85 @@
+"""How likely a model finds given answers: multiple choice without reading generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+from vistune.data.collate import pack_row
+from vistune.data.encode import Encoder
+from vistune.generate.decode import AnsweringModel, Prompt, one_dtype
+from vistune.models.contract import VisionLanguageModel
+from vistune.types import ImageRef, Sample, Turn
+
+_NO_LIMIT = 2**31
+
+
+@torch.no_grad()
+def score_choices(
+    model: VisionLanguageModel,
+    encoder: Encoder,
+    prompt: Prompt,
+    choices: Sequence[str],
+    *,
+    per_token: bool = True,
+) -> list[float]:
+    """Returns a score for every answer to a prompt; the highest is the likeliest.
+
+    An answer's tokens include what the template puts at its end, as in training.
+
+    Args:
+        model: The model, on its device.
+        encoder: How conversations become tokens.
+        prompt: The prompt.
+        choices: The answers.
+        per_token: Log-probability over the number of tokens, so that a long answer is not worse
+            for being long; False for the sum.
+
+    Returns:
+        One number per answer, at most 0.
+
+    Raises:
+        RowError: The prompt cannot be rendered, or an image cannot be read.
+    """
+    samples = [
+        encoder.encode(
+            Sample(
+                id=f"choice {index}",
+                source="choices",
+                where="choices",
+                turns=(*prompt.turns, Turn("assistant", (choice,))),
+                # `encode` takes opened pictures as well as files.
+                images=cast("tuple[ImageRef, ...]", tuple(prompt.images)),
+            ),
+            max_tokens=_NO_LIMIT,
+            overlong="error",
+        )
+        for index, choice in enumerate(choices)
+    ]
+    answering = cast("AnsweringModel", model)
+    device = next(answering.parameters()).device
+    row = pack_row(samples).to(device)
+    training = answering.training
+    answering.train(False)
+    try:
+        with one_dtype(answering, device):
+            hidden = model.hidden_states(
+                input_ids_BT=row.input_ids_BT,
+                position_ids_BT=row.position_ids_BT,
+                cu_seqlens=row.cu_seqlens,
+                max_seqlen=row.max_seqlen,
+                pixel_values_NCYX=row.pixel_values_NCYX,
+            )
+            logits_MV = model.logits(hidden[0, row.target_index_M]).float()
+    finally:
+        answering.train(training)
+    losses_M = F.cross_entropy(logits_MV, row.target_ids_M, reduction="none")
+    num = len(samples)
+    sums = torch.zeros(num, device=device).index_add_(0, row.target_sample_M, -losses_M)
+    if per_token:
+        counts: Any = torch.bincount(row.target_sample_M, minlength=num).clamp(min=1)
+        sums = sums / counts
+    return [float(value) for value in sums]
