@@ -71,7 +71,13 @@ def table(
     made = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         is_number = index >= len(columns) - numbers
-        made.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
+        made.add_column(
+            column,
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            min_width=None if is_number else 8,
+            overflow="fold",
+        )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
@@ -84,6 +90,8 @@ def print_table(
     if sys.stdout.isatty():
         stdout().print(table(title, columns, rows, numbers=numbers))
         return
+    if title:
+        print(f"# {title}")
     for row in (columns, *rows):
         print("\t".join(" ".join(cell.split()) for cell in row))
 

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from vistune.evaluate.summary import Summary
 
 
+_SHORT = {
+    "model": "model",
+    "model_blind": "no image",
+    "baseline": "baseline",
+    "prior": "no model",
+}
+
+
 def evaluate(
     model: Model,
     task: Annotated[
@@ -80,35 +88,37 @@ def _plain(path: Path) -> str:
 
 
 def print_summary(summary: Summary) -> None:
-    """Prints scores by type for every system, and the paired differences."""
+    """Prints the scores of every system, the same by type, and the paired differences."""
     from vistune.cli.console import print_table
 
-    names = list(summary.systems)
-    heads = ["type", "questions", *(summary.systems[name].label for name in names)]
-    rows = []
-    for kind in [*summary.types, ""]:
-        cells = []
-        for name in names:
-            scores = summary.systems[name]
-            found = scores.by_type[kind] if kind else scores.overall
-            cells.append(f"{found.mean:6.1%} [{found.low:.1%}, {found.high:.1%}]")
-        count = summary.systems[names[0]]
-        num = count.by_type[kind].num_questions if kind else count.overall.num_questions
-        rows.append((kind or "all", str(num), *cells))
-    print_table("Score, with 95 % interval", heads, rows, numbers=len(heads) - 1)
+    rows: list[tuple[str, ...]] = []
+    for name, scores in summary.systems.items():
+        found, rate = scores.overall, scores.answer_tokens_per_s
+        speed = "" if rate is None else f"{scores.seconds:.0f} s, {rate:.0f} answer tokens/s"
+        interval = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
+        rows.append((_SHORT[name], scores.label, f"{100 * found.mean:.1f}", interval, speed))
+    heads: tuple[str, ...] = ("", "what", "score", "95 % interval", "answering")
+    num = next(iter(summary.systems.values())).overall.num_questions
+    print_table(f"Score of {num} questions, percent", heads, rows, numbers=3)
+    if len(summary.types) > 1:
+        heads = ("type", "questions", *(_SHORT[name] for name in summary.systems))
+        rows = []
+        for kind in summary.types:
+            found_by = [scores.by_type[kind] for scores in summary.systems.values()]
+            means = (f"{100 * found.mean:.1f}" for found in found_by)
+            rows.append((kind, str(found_by[0].num_questions), *means))
+        print_table("By type", heads, rows, numbers=len(heads) - 1)
     rows = []
     for item in summary.differences:
-        found_d = item.overall
-        label = f"{summary.systems[item.first].label} - {summary.systems[item.second].label}"
-        verdict = "clear" if found_d.is_clear else "not beyond chance"
+        gain = item.overall
         rows.append(
             (
-                label,
-                f"{100 * found_d.mean:+.1f}",
-                f"[{100 * found_d.low:+.1f}, {100 * found_d.high:+.1f}]",
-                f"{found_d.p_value:.2g}",
-                verdict,
+                f"{_SHORT[item.first]} - {_SHORT[item.second]}",
+                f"{100 * gain.mean:+.1f}",
+                f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]",
+                f"{gain.p_value:.2g}",
+                "clear" if gain.is_clear else "not beyond chance",
             )
         )
-    heads = ["difference", "points", "95 % interval", "p (sign test)", ""]
+    heads = ("difference", "points", "95 % interval", "p (sign test)", "")
     print_table("Paired differences", heads, rows, numbers=4)
