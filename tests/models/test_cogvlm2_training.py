@@ -107,9 +107,9 @@ def test_a_row_without_images_touches_every_weight() -> None:
     assert gradients["model.layers.0.mlp.language_mlp.up_proj.weight"].any()
 
 
-def test_a_stand_in_row_of_one_pad_token_runs() -> None:
+def test_a_stand_in_row_of_one_token_runs() -> None:
     model = load_model()
-    hidden = model.hidden_states(**pack([torch.tensor([500])]), pixel_values_NCYX=None)
+    hidden = model.hidden_states(**pack([torch.tensor([0])]), pixel_values_NCYX=None)
     assert hidden.shape == (1, 1, 64)
 
 

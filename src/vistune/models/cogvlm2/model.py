@@ -29,6 +29,7 @@ from vistune.models.cogvlm2.rotary import StoredFrequencies, inverse_frequencies
 from vistune.models.cogvlm2.tokens import ExpertRoute, position_ids, vision_expert_mask
 from vistune.models.cogvlm2.vision import PatchEmbedding, VisionPath
 from vistune.models.contract import ModuleMap
+from vistune.models.splice import idle
 from vistune.types import ImageDefaults, VisionGrid
 
 MODULE_MAP = ModuleMap(
@@ -128,8 +129,7 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
                 got=list(shape),
                 expected=f"[images, {self.config.vision_config.in_channels}, {side}, {side}]",
             )
-        dtype = self.vision.patch_embedding.proj.weight.dtype
-        features: Tensor = self.vision(pixel_values_NCYX.to(dtype))
+        features: Tensor = self.vision(pixel_values_NCYX)
         return features
 
     def embed(
@@ -147,13 +147,6 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
         """
         text_TD = self.embed_tokens(input_ids_BT.masked_fill(is_image_BT, 0)).flatten(0, 1)
         if pixel_values is None:
-            if torch.is_grad_enabled():
-                # The smallest image the tower can see, weight zero: every vision and connector
-                # weight gets a (zero) gradient, so that no rank waits for one.
-                side = CONNECTOR_STRIDE * self.config.vision_config.patch_size
-                weight = self.vision.patch_embedding.proj.weight
-                blank = weight.new_zeros(1, weight.shape[1], side, side)
-                text_TD = text_TD + 0.0 * self.vision(blank).mean()
             embedded: Tensor = text_TD
             return embedded
         features_KD = self.image_features(pixel_values).flatten(0, 1).to(text_TD.dtype)
@@ -209,6 +202,8 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
     def __init__(self, config: CogVLM2Config) -> None:
         super().__init__(config)
         self.model = CogVLM2Model(config)
+        # Set where tower and connector are sharded: then every rank must run them in every row.
+        self.touch_vision_always = False
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -216,6 +211,11 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
     def module_map(self) -> ModuleMap:
         """Role -> modules."""
         return MODULE_MAP
+
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """Parameters that no output depends on: none."""
+        return frozenset()
 
     @property
     def grid(self) -> VisionGrid:
@@ -263,8 +263,19 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
         positions_BT = position_ids(
             is_image_BT, num_image_tokens=self.config.num_image_tokens, cu_seqlens=cu_seqlens
         )
+        embedded_TD = self.model.embed(input_ids_BT, is_image_BT, pixel_values_NCYX)
+        if pixel_values_NCYX is None:
+            vision = self.model.vision
+            embedded_TD = embedded_TD + idle(
+                vision,
+                (vision,),
+                # The smallest picture the tower and the connector's fold can see.
+                side_px=CONNECTOR_STRIDE * self.config.vision_config.patch_size,
+                like=embedded_TD,
+                always=self.touch_vision_always,
+            )
         return self.model.decode(
-            self.model.embed(input_ids_BT, is_image_BT, pixel_values_NCYX),
+            embedded_TD,
             route=self._route(is_image_BT, pixel_values_NCYX),
             position_ids_BT=positions_BT,
             mask=packing_mask(cu_seqlens, max_seqlen),
@@ -347,10 +358,6 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
     def _image_slots(self, input_ids_BT: Tensor, token_type_ids: Tensor | None) -> Tensor:
         if token_type_ids is not None:
             return token_type_ids == 1
-        if input_ids_BT.shape[1] < self.config.num_image_tokens:
-            # Too short for an image: a row that stands in for failed samples is one pad token,
-            # which by the public convention is also the image token.
-            return torch.zeros_like(input_ids_BT, dtype=torch.bool)
         return input_ids_BT == self.image_token_id
 
     def _route(self, is_image_BT: Tensor, pixel_values: Tensor | None) -> ExpertRoute:

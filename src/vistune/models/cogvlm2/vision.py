@@ -157,7 +157,8 @@ class VisionPath(nn.Module):
         Returns:
             [N, P, tower width], patches row by row.
         """
-        features: Tensor = self.transformer(self.patch_embedding(pixel_values_NCYX))
+        pixels = pixel_values_NCYX.to(self.patch_embedding.proj.weight.dtype)
+        features: Tensor = self.transformer(self.patch_embedding(pixels))
         return features[:, 1:]
 
     def connector(self, features_NPD: Tensor) -> Tensor:
