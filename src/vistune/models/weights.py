@@ -77,7 +77,7 @@ def load_strictly(
     model_class: Any,
     path: str,
     *,
-    role: str,
+    key: str,
     dtype: torch.dtype,
     revision: str | None = None,
     harmless: Callable[[str], bool] = lambda key: False,
@@ -89,7 +89,7 @@ def load_strictly(
     Args:
         model_class: A class of transformers with `from_pretrained`.
         path: Directory or hub id.
-        role: Key of the part in the recipe's `model`.
+        key: The path's key in the recipe, for messages.
         dtype: Format of the weights.
         revision: Of a hub id.
         harmless: Whether a weight that the model has no place for may be left.
@@ -104,7 +104,6 @@ def load_strictly(
         ModelError: The files cannot be read.
         MissingExtraError: A package for this kind of file is not installed.
     """
-    key = f"model.{role}.path"
     path = part_path(path, key=key)
     # Shapes are checked below, where the message can name them.
     arguments |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype}

@@ -66,7 +66,7 @@ def load_language_model(
         revision=config.revision,
         dtype=dtype,
         harmless=lambda key: _HARMLESS_KEYS.fullmatch(key) is not None,
-        role="language_model",
+        key="model.language_model.path",
         **arguments,
     )
     check_model(model, where=config.path)

@@ -68,34 +68,40 @@ def load_tower(
         WeightsError: Weights are missing, unexpected or of another shape.
     """
     family = plan.traits
-    norm = family.final_norm
-
-    def left_out(key: str) -> bool:
-        parts = key.split(".")
-        if any(name in parts for name in ("position_ids", "mask_token")):
-            return True
-        if any(key.startswith(prefix) for prefix in family.foreign_keys):
-            return True
-        return _is_cut_layer(key, vision_config, plan)
-
-    def not_needed(key: str) -> bool:
-        in_norm = norm is not None and not plan.normalised and key.startswith(norm + ".")
-        return in_norm or key in family.never_reached
-
     tower, report = load_strictly(
         tower_class(plan),
         config.path,
-        role="vision_tower",
+        key="model.vision_tower.path",
         dtype=dtype,
         revision=config.revision,
-        harmless=left_out,
-        optional=not_needed,
+        harmless=lambda key: is_left_out(key, vision_config, plan),
+        optional=lambda key: _is_unused(key, plan),
         config=vision_config,
         **dict(family.model_kwargs),
     )
     assert isinstance(tower, nn.Module)
     drop_unused(tower, plan)
     return tower, report
+
+
+def is_left_out(key: str, vision_config: Any, plan: TowerPlan) -> bool:
+    """Whether a weight of an encoder's checkpoint is known and not used by the plan.
+
+    Args:
+        key: Its name, as in the encoder alone.
+        vision_config: The cut config.
+        plan: The plan.
+    """
+    if not {"position_ids", "mask_token"}.isdisjoint(key.split(".")):
+        return True
+    foreign = any(key.startswith(prefix) for prefix in plan.traits.foreign_keys)
+    return foreign or _is_unused(key, plan) or _is_cut_layer(key, vision_config, plan)
+
+
+def _is_unused(key: str, plan: TowerPlan) -> bool:
+    norm = plan.traits.final_norm
+    in_norm = norm is not None and not plan.normalised and key.startswith(norm + ".")
+    return in_norm or key in plan.traits.never_reached
 
 
 def _is_cut_layer(key: str, vision_config: Any, plan: TowerPlan) -> bool:

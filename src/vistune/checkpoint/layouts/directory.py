@@ -1,0 +1,100 @@
+"""Reads a directory that holds a whole model, whatever its layout or name.
+
+Known are vistune's own layout, transformers' LLaVA and the original LLaVA.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vistune.checkpoint.layouts import llava_hf, llava_original, vistune_model
+from vistune.errors import ModelError
+from vistune.models.compose import ComposedVLM
+from vistune.models.facts import ModelFacts, read_json
+
+
+class Layout(Protocol):
+    """One public layout: a module of this package."""
+
+    NAME: str
+
+    def matches(self, values: dict[str, Any]) -> bool:
+        """Whether a directory's config.json is of this layout."""
+        ...
+
+    def describe(self, folder: Path) -> ModelFacts:
+        """Reads configs, preprocessor file and tokenizer; no weights."""
+        ...
+
+    def load(self, folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
+        """Loads the model, every weight accounted for."""
+        ...
+
+
+LAYOUTS: tuple[Layout, ...] = (vistune_model, llava_hf, llava_original)
+
+
+def layout_of(folder: Path) -> Layout:
+    """Returns the layout of a directory.
+
+    Raises:
+        ModelError: It holds no model of a known layout.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            "there is no such directory",
+            where=str(folder),
+            fix="name a run, a checkpoint of it, or a model directory",
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            "this directory has no config.json",
+            where=str(folder),
+            expected="a run, a checkpoint of it, or a model directory",
+        )
+    values = read_json(file)
+    for layout in LAYOUTS:
+        if layout.matches(values):
+            return layout
+    raise ModelError(
+        "this is no vision-language model of a layout that vistune reads",
+        where=str(file),
+        got=f"model_type {values.get('model_type')}, architectures {values.get('architectures')}",
+        expected=", ".join(layout.NAME for layout in LAYOUTS),
+        fix="name its parts instead: model.vision_tower.path and model.language_model.path",
+    )
+
+
+def describe_directory(path: Path) -> ModelFacts:
+    """Describes a whole model from its config, preprocessor file and tokenizer.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        ModelError: It is of no known layout, or a file in it cannot be used.
+    """
+    return layout_of(path).describe(path)
+
+
+def load_directory(path: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
+    """Loads a whole model.
+
+    Args:
+        path: The directory.
+        facts: What `describe_directory` found.
+        dtype: Format of the weights.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        WeightsError: Weights are missing, left over or of another shape.
+    """
+    model = layout_of(path).load(path, facts, dtype=dtype)
+    model.eval()
+    return model

@@ -1,0 +1,166 @@
+"""The original LLaVA repository's layout (`LlavaLlamaForCausalLM`).
+
+`model.mm_projector.*`, `model.vision_tower.vision_tower.vision_model.*`, and the language model's
+own names for the rest. Released checkpoints carry no tower: it is then loaded from the encoder that
+`mm_vision_tower` names. A tower that is in the checkpoint is used, since it may have been trained.
+
+Source: LLaVA v1.2.2.post1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistune.checkpoint.layouts.names import CONNECTOR, LANGUAGE, VISION, fill_model, model_state
+from vistune.errors import ModelError
+from vistune.models.compose import ComposedConfig, ComposedVLM
+from vistune.models.facts import (
+    ModelFacts,
+    load_tokenizer,
+    read_image_defaults,
+    read_json,
+    read_vision_config,
+)
+from vistune.models.families.files import read_tensors
+from vistune.models.language.decoder import check_config, check_model
+from vistune.models.towers.families import plan_tower, tower_grid
+from vistune.models.towers.load import load_tower
+from vistune.recipe import VisionTowerConfig
+
+NAME = "LlavaLlamaForCausalLM"
+KEY = "model.from_checkpoint"
+_TOWER = "model.vision_tower.vision_tower."
+_PROJECTOR = "model.mm_projector."
+_TEXT_TYPES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+}
+
+
+def matches(values: dict[str, Any]) -> bool:
+    """Whether a config.json is of the original LLaVA."""
+    return "mm_vision_tower" in values and _architecture(values) in _TEXT_TYPES
+
+
+def _architecture(values: dict[str, Any]) -> str:
+    named = values.get("architectures") or [""]
+    return str(named[0])
+
+
+def describe(folder: Path) -> ModelFacts:
+    """Reads config, tokenizer and the encoder's preprocessor file.
+
+    Raises:
+        ModelError: The model has a form that a composed model cannot take, or the encoder that
+            its config names is not there.
+    """
+    values = read_json(folder / "config.json")
+    _check(values, where=str(folder / "config.json"))
+    tower = _tower_of(values)
+    whole = read_vision_config(tower)
+    plan, vision_config = plan_tower(
+        whole, layer=tower.layer, select=tower.select, where=tower.path
+    )
+    own_file = (folder / "preprocessor_config.json").is_file()
+    tokenizer, image_token_id = load_tokenizer(str(folder), key=KEY)
+    return ModelFacts(
+        tokenizer=tokenizer,
+        image_token_id=image_token_id,
+        grid=tower_grid(vision_config, plan, pixel_shuffle=1, where=tower.path),
+        image_defaults=read_image_defaults(str(folder) if own_file else tower.path, whole),
+        vision_config=vision_config,
+        text_config=_text_config(values),
+        tower=plan,
+    )
+
+
+def _tower_of(values: dict[str, Any]) -> VisionTowerConfig:
+    return VisionTowerConfig(
+        path=str(values["mm_vision_tower"]),
+        layer=int(values.get("mm_vision_select_layer", -1)),
+        select=values.get("mm_vision_select_feature", "patch"),
+    )
+
+
+def _text_config(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    text_type = _TEXT_TYPES[_architecture(values)]
+    known = set(AutoConfig.for_model(text_type).to_dict())
+    own = {key: value for key, value in values.items() if key in known}
+    own |= {"architectures": None, "model_type": text_type}
+    if "rope_theta" in values:  # older configs have it beside rope_scaling
+        own["rope_theta"] = values["rope_theta"]
+    return AutoConfig.for_model(**own)
+
+
+def _check(values: dict[str, Any], *, where: str) -> None:
+    allowed: dict[str, tuple[Any, ...]] = {
+        "mm_use_im_start_end": (False, None),
+        "mm_use_im_patch_token": (False, None),
+        "mm_patch_merge_type": ("flat", None),
+        "mm_vision_select_feature": ("patch", "cls_patch", None),
+        "mm_resampler_type": (None,),
+        "s2": (False, None),
+    }
+    wrong = [f"{key}={values[key]}" for key in allowed if values.get(key) not in allowed[key]]
+    if wrong:
+        raise ModelError(
+            "this LLaVA has a form that vistune does not compose",
+            where=where,
+            got=", ".join(wrong),
+            expected="one image token run per image, no start and end tokens, no tiles",
+        )
+
+
+def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
+    """Loads the model, every weight accounted for.
+
+    Raises:
+        WeightsError: A weight is missing, left over or of another shape.
+    """
+    values = read_json(folder / "config.json")
+    check_config(facts.text_config, where=str(folder))
+    config = ComposedConfig.compose(
+        vision_config=facts.vision_config,
+        text_config=facts.text_config,
+        tower=facts.tower,
+        connector_kind=values.get("mm_projector_type", "linear"),
+        pixel_shuffle=1,
+        image_token_id=facts.image_token_id,
+        image_embed_scale=1.0,
+    )
+    tensors = dict(read_tensors(folder))
+    if not any(name.startswith(_TOWER) for name in tensors):
+        tower, _ = load_tower(_tower_of(values), facts.vision_config, facts.tower, dtype=dtype)
+        tensors |= {f"{_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
+    model = fill_model(config, tensors, to_composed, dtype=dtype, where=str(folder))
+    check_model(model.language_model, where=str(folder))
+    return model
+
+
+def to_composed(name: str) -> str:
+    """Returns the composed model's name of a weight."""
+    if name.startswith(_TOWER):
+        return VISION + name.removeprefix(_TOWER).removeprefix("vision_model.")
+    if name.startswith(_PROJECTOR):
+        return CONNECTOR + name.removeprefix(_PROJECTOR)
+    return LANGUAGE + name
+
+
+def from_composed(name: str) -> str:
+    """Returns the original name of a weight of the composed model."""
+    if name.startswith(VISION):
+        return f"{_TOWER}vision_model.{name.removeprefix(VISION)}"
+    if name.startswith(CONNECTOR):
+        return _PROJECTOR + name.removeprefix(CONNECTOR)
+    return name.removeprefix(LANGUAGE)
+
+
+def public_state(model: ComposedVLM) -> dict[str, Tensor]:
+    """Returns a model's weights under the original names."""
+    return {from_composed(name): tensor for name, tensor in model_state(model).items()}
