@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tokenizers import normalizers
 
 from vistune.data.encode import Encoder
@@ -55,14 +58,40 @@ def make_plan(**change: Any) -> ImagePlan:
     return ImagePlan(**values)
 
 
-def make_encoder(template: str = "vicuna_v1", tokenizer: Any = None, **change: Any) -> Encoder:
+def make_encoder(template: Any = "vicuna_v1", tokenizer: Any = None, **change: Any) -> Encoder:
     tokenizer = llama_tokenizer() if tokenizer is None else tokenizer
     values = {
         "tokenizer": tokenizer,
-        "template": TEMPLATES.get(template),
+        "template": TEMPLATES.get(template) if isinstance(template, str) else template,
         "image_plan": make_plan(),
         "grid": VisionGrid(patch_px=14),
         "image_token_id": len(tokenizer),
         **change,
     }
     return Encoder(**values)
+
+
+def write_rows(folder: Path, rows: list[Any], name: str = "train.jsonl") -> Path:
+    """Writes rows as JSONL (or as a JSON list, by suffix); a row of bytes is written as it is."""
+    raw = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path = folder / name
+    path.write_bytes(b"[" + b",\n".join(raw) + b"]" if name.endswith(".json") else b"\n".join(raw))
+    return path
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    """LLaVA's `conversations` of texts said in turn, the human first."""
+    return [
+        {"from": "human" if k % 2 == 0 else "gpt", "value": text} for k, text in enumerate(texts)
+    ]
+
+
+def make_images(folder: Path, number: int, *, size: tuple[int, int] = (40, 30)) -> list[str]:
+    """Writes small JPEG files and returns their names."""
+    rng = np.random.default_rng(number)
+    names = []
+    for k in range(number):
+        values = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{k}.jpg")
+        names.append(f"{k}.jpg")
+    return names

@@ -12,8 +12,8 @@ refused.
 
 from __future__ import annotations
 
-import bisect
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -265,71 +265,64 @@ class Encoder:
         segments = self.template.segments(
             turns, self.system, add_generation_prompt=add_generation_prompt
         )
-        ids: list[int] = list(self._prefix_ids) if self.template.add_bos else []
-        targets: list[bool] = [False] * len(ids)
+        prefix = self._prefix_ids if self.template.add_bos else ()
+        ids = [np.array(prefix, dtype=np.int64)]
+        masks = [np.zeros(len(prefix), dtype=np.bool_)]
         starts: list[int] = []
         lengths: list[int] = []
         order: list[int] = []
-        run: list[Segment] = []
-        for segment in [*segments, None]:
-            if segment is not None and segment.image is None:
-                run.append(segment)
+        position = len(prefix)
+        for is_image, run in itertools.groupby(segments, key=lambda s: s.image is not None):
+            if not is_image:
+                new, mask = self._text(list(run))
+                ids.append(new)
+                masks.append(mask)
+                position += new.size
                 continue
-            if run:
-                self._add_text(run, ids, targets)
-                run = []
-            if segment is not None and segment.image is not None:
-                if segment.image >= len(sizes):
-                    raise RowError(
-                        f"the text speaks of image {segment.image + 1} of {len(sizes)}",
-                        reason="image_count_mismatch",
-                        fix="give as many images as <image> stands in the text",
-                    )
-                number = self.grid.num_tokens(*self.image_plan.size_for(*sizes[segment.image]))
-                starts.append(len(ids))
+            for segment in run:
+                assert segment.image is not None
+                number = self._num_image_tokens(segment.image, sizes)
+                starts.append(position)
                 lengths.append(number)
                 order.append(segment.image)
-                ids.extend([self.image_token_id] * number)
-                targets.extend([False] * number)
+                ids.append(np.full(number, self.image_token_id, dtype=np.int64))
+                masks.append(np.zeros(number, dtype=np.bool_))
+                position += number
         return Tokens(
-            ids=np.array(ids, dtype=np.int64),
-            mask=np.array(targets, dtype=np.bool_),
+            ids=np.concatenate(ids),
+            mask=np.concatenate(masks),
             image_starts=tuple(starts),
             image_lengths=tuple(lengths),
             image_order=tuple(order),
         )
 
-    def _add_text(self, run: list[Segment], ids: list[int], targets: list[bool]) -> None:
-        text = "".join(segment.text for segment in run)
-        encoding = self._encode_text(text)
-        new: list[int] = encoding.ids
-        if self.image_token_id in new:
+    def _num_image_tokens(self, image: int, sizes: Sequence[Size]) -> int:
+        if image >= len(sizes):
+            raise RowError(
+                f"the text speaks of image {image + 1} of {len(sizes)}",
+                reason="image_count_mismatch",
+                fix="give as many images as <image> stands in the text",
+            )
+        return self.grid.num_tokens(*self.image_plan.size_for(*sizes[image]))
+
+    def _text(self, run: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        encoding = self._encode_text("".join(segment.text for segment in run))
+        ids = np.array(encoding.ids, dtype=np.int64)
+        if (ids == self.image_token_id).any():
             raise RowError(
                 "the text spells the image token",
                 reason="image_token_in_text",
                 got=self.tokenizer.convert_ids_to_tokens(self.image_token_id),
                 fix="take it out of the text",
             )
-        ids.extend(new)
-        if not any(segment.is_target for segment in run):
-            targets.extend([False] * len(new))
-            return
-        edges, kinds, end = [0], [run[0].is_target], 0
-        for segment in run:
-            if segment.is_target != kinds[-1]:
-                edges.append(end)
-                kinds.append(segment.is_target)
-            end += len(segment.text)
-        # Some backends report a token without the blank it starts with: the token starts where
-        # the one before it ended.
-        covered = 0
-        for start, stop in encoding.offsets:
-            first = start if start < covered else covered
-            is_target = kinds[bisect.bisect_right(edges, first) - 1]
-            if not is_target and stop > first:
-                is_target = kinds[bisect.bisect_right(edges, stop - 1) - 1]
-            targets.append(is_target)
-            covered = stop if stop > covered else covered
+        mask = np.zeros(ids.size, dtype=np.bool_)
+        end = 0
+        for is_target, group in itertools.groupby(run, key=lambda s: s.is_target):
+            start, end = end, end + sum(len(segment.text) for segment in group)
+            if is_target:
+                first = first_token(encoding, start)
+                mask[first : last_token(encoding, end, first)] = True
+        return ids, mask
 
     def _encode_text(self, text: str) -> Any:
         backend = self.tokenizer.backend_tokenizer
@@ -362,6 +355,55 @@ class Encoder:
         texts.update(self.tokenizer.all_special_tokens)
         ordered = sorted((text for text in texts if text), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def first_token(encoding: Any, start: int) -> int:
+    """Returns the first token of which a character at or behind `start` is part.
+
+    Args:
+        encoding: A `tokenizers.Encoding`; of its tokens only about twenty are looked at.
+        start: Index of a character.
+    """
+    low, high = 0, len(encoding)
+    while low < high:
+        middle = (low + high) // 2
+        begin, stop = encoding.token_to_chars(middle)
+        if begin >= start or stop > start:
+            high = middle
+        else:
+            low = middle + 1
+    return _behind_blank(encoding, low, start)
+
+
+def last_token(encoding: Any, end: int, low: int) -> int:
+    """Returns one past the last token of which a character before `end` is part.
+
+    Args:
+        encoding: A `tokenizers.Encoding`.
+        end: One past the index of the last character.
+        low: A token that is not behind it.
+    """
+    high = len(encoding)
+    while low < high:
+        middle = (low + high) // 2
+        if encoding.token_to_chars(middle)[0] >= end:
+            high = middle
+        else:
+            low = middle + 1
+    return _behind_blank(encoding, low, end)
+
+
+def _behind_blank(encoding: Any, token: int, at: int) -> int:
+    # Some tokenizers report a token without the blanks it stands for: a token of blanks before
+    # `at` is then reported as empty, at `at`. It still belongs to what lies before. (A token that
+    # really stands for nothing, such as a blank put in front of a text, begins where the one before
+    # it ended, and belongs to what follows.)
+    while token < len(encoding) and encoding.token_to_chars(token) == (at, at):
+        covered = encoding.token_to_chars(token - 1)[1] if token else 0
+        if covered >= at:
+            break
+        token += 1
+    return token
 
 
 def fit(tokens: Tokens, *, max_tokens: int, policy: Overlong) -> Tokens:

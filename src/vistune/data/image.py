@@ -253,6 +253,7 @@ def _open(ref: ImageRef) -> Image.Image:
     except UnidentifiedImageError as error:
         raise _not_an_image(ref) from error
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError) as e:
+        _check_trailer(ref, _sniffed(ref))
         raise ImageError(
             f"the file cannot be opened as an image: {e}",
             reason="image_unreadable",
@@ -275,6 +276,18 @@ def _not_an_image(ref: ImageRef) -> ImageError:
     else:
         what, reason = "the file is not an image in a format that is known", "image_unreadable"
     return ImageError(what, reason=reason, where=ref.name, fix="replace the file")
+
+
+def _sniffed(ref: ImageRef) -> str | None:
+    # Pillow hands a WebP file over whole, so one that is cut off fails before its format is known.
+    if not ref.path.is_file():
+        return None
+    try:
+        with ref.path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return None
+    return "WEBP" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else None
 
 
 def _check_frames(opened: Image.Image, ref: ImageRef) -> None:

@@ -6,7 +6,6 @@ computes its own share without talking to the others.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,35 +124,50 @@ def plan_epoch(
 
 
 def pack(order: Sequence[int], sizes: Sequence[int], *, max_tokens: int) -> list[tuple[int, ...]]:
-    """Packs samples into as few rows as best fit finds.
+    """Packs samples into about as few rows as there can be.
 
-    Longest first, each into the fullest row that still holds it.
+    Every row starts with the longest sample left and takes those of the others that fill it best
+    (an exact subset sum, long samples preferred), so that what is hard to place goes first.
 
     Args:
         order: Dataset indices.
-        sizes: Their lengths.
+        sizes: Their lengths, none above `max_tokens`.
         max_tokens: Tokens a row holds.
 
     Returns:
         The rows; samples in a row, and rows by their first sample, in the order given.
     """
-    ranking = sorted(range(len(order)), key=lambda k: (-sizes[k], k))
+    rest = sorted(range(len(order)), key=lambda k: (-sizes[k], k))
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for k in ranking:
-        at = bisect.bisect_left(free, (sizes[k], -1))
-        if at < len(free):
-            left, row = free.pop(at)
-        else:
-            left, row = max_tokens, len(rows)
-            rows.append([])
-        rows[row].append(k)
-        if left > sizes[k]:
-            bisect.insort(free, (left - sizes[k], row))
-    for members in rows:
-        members.sort()
+    while rest:
+        taken = _fill([sizes[k] for k in rest], max_tokens)
+        rows.append(sorted(rest[i] for i in taken))
+        for i in reversed(taken):
+            del rest[i]
     rows.sort()
     return [tuple(order[k] for k in members) for members in rows]
+
+
+def _fill(sizes: Sequence[int], room: int) -> list[int]:
+    """Returns the positions of the first size and of those others that best fill the rest."""
+    room -= sizes[0]
+    whole = (1 << (room + 1)) - 1
+    reached = 1  # bit n: some of the sizes seen so far add up to n
+    stages: list[tuple[int, int]] = []
+    for i in range(1, len(sizes)):
+        if sizes[i] > room:
+            continue
+        stages.append((i, reached))
+        reached |= (reached << sizes[i]) & whole
+        if reached >> room:
+            break
+    total = reached.bit_length() - 1
+    taken: list[int] = []
+    for i, before in reversed(stages):
+        if not before >> total & 1:
+            taken.append(i)
+            total -= sizes[i]
+    return [0, *reversed(taken)]
 
 
 def _steps_of_samples(
@@ -206,13 +220,18 @@ def _steps_of_tokens(
     rows: list[tuple[int, ...]] = []
     if batch.pack:
         window_tokens = _WINDOW_ROWS * batch.max_tokens
-        first, filled = 0, 0
-        for k, size in enumerate(sizes):
-            filled += size
+        waiting: list[int] = []
+        filled = 0
+        for index in order:
+            waiting.append(index)
+            filled += length[index]
             if filled >= window_tokens:
-                rows.extend(_rows(order[first : k + 1], sizes[first : k + 1], batch))
-                first, filled = k + 1, 0
-        rows.extend(_rows(order[first:], sizes[first:], batch))
+                packed = _rows(waiting, [length[i] for i in waiting], batch)
+                # The row with most room left goes into the next stretch.
+                waiting = list(packed.pop(_emptiest(packed, length)))
+                rows.extend(packed)
+                filled = sum(length[i] for i in waiting)
+        rows.extend(_rows(waiting, [length[i] for i in waiting], batch))
     else:
         rows = _rows(order, sizes, batch)
     rows = _to_multiple(rows, length, world_size)
@@ -230,6 +249,10 @@ def _steps_of_tokens(
     if step:
         steps.append(step)
     return steps
+
+
+def _emptiest(rows: list[tuple[int, ...]], length: dict[int, int]) -> int:
+    return min(range(len(rows)), key=lambda k: (sum(length[i] for i in rows[k]), k))
 
 
 def _share(

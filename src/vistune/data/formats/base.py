@@ -62,8 +62,11 @@ class ImageFolder:
         Raises:
             RowError: The name leads out of the folder.
         """
-        if not name or "\0" in name:
-            raise _bad_name(name, "is no file name")
+        try:
+            if not name or b"\0" in os.fsencode(name):
+                raise _bad_name(name, "is no file name")
+        except UnicodeEncodeError as error:
+            raise _bad_name(name, "is no file name") from error
         if os.path.isabs(name):  # noqa: PTH117 - per row: pathlib is ten times slower here
             raise _outside(name, "is absolute")
         head, tail = os.path.split(name)

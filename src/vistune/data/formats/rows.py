@@ -65,7 +65,17 @@ class JsonRows:
             self._map = _map_file(self.path)
         raw = self._map[int(self.starts[row]) : int(self.stops[row])]
         try:
-            return json.loads(raw.decode("utf-8"))
+            content = json.loads(raw.decode("utf-8"))
+            if b"\\ud" in raw or b"\\uD" in raw:  # half a character cannot be tokenised
+                json.dumps(content, ensure_ascii=False).encode("utf-8")
+            return content
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "the text holds half a character (a lone surrogate escape)",
+                reason="broken_text",
+                where=self.where(row),
+                fix="mend or drop the row",
+            ) from error
         except UnicodeDecodeError as error:
             raise RowError(
                 f"byte {error.start} of the row is not UTF-8",

@@ -1,0 +1,119 @@
+"""The check sees every row, by headers only, and says why a row cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import make_encoder, make_images, talk, write_rows
+
+from vistune.data import check as module
+from vistune.data.check import CheckReport, check_sources
+from vistune.data.formats import open_source
+from vistune.recipe import SourceConfig
+
+
+def rows_of(folder: Path, number: int) -> list[object]:
+    names = make_images(folder, number)
+    rows: list[object] = []
+    for k, name in enumerate(names):
+        text = f"A thing number {k}, " * (k % 5 + 1)
+        rows.append({"id": k, "image": name, "conversations": talk("<image>\nWhat?", text)})
+    return rows
+
+
+def check(path: Path, **change: object) -> CheckReport:
+    options: dict[str, object] = {"max_tokens": 400, "overlong": "drop", **change}
+    return check_sources([SourceConfig(path=str(path))], make_encoder(), **options)  # type: ignore[arg-type]
+
+
+def test_a_clean_source(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, rows_of(tmp_path, 6))
+    report = check(path)
+    assert (report.total_rows, report.num_ok, report.rejected) == (6, 6, [])
+    reader, encoder = open_source(SourceConfig(path=str(path))), make_encoder()
+    lengths = [encoder.count_tokens(reader.read(row)) for row in range(6)]
+    assert report.lengths.tolist() == lengths
+    assert report.lengths.dtype == np.int32
+    assert (report.num_images, report.num_image_tokens) == (6, 24)
+    targets = [
+        encoder.encode(reader.read(row), max_tokens=400, overlong="drop") for row in range(6)
+    ]
+    assert report.num_target_tokens == sum(int(t.target_mask.sum()) for t in targets)
+
+
+def test_rejects_notes_and_report(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 6)
+    (tmp_path / "1.jpg").write_bytes(b"")
+    (tmp_path / "2.jpg").unlink()
+    rows[3] = b'{"id": "broken'
+    rows.append({"id": 0, "conversations": talk("What ends a text?", "The </s> does.")})
+    rows.append({"conversations": [{"from": "gpt", "value": "Hi"}, *talk("a", "b")]})
+    rows.append({"id": "long", "conversations": talk("a", "word " * 500)})
+    report = check(write_rows(tmp_path, rows))
+    assert report.by_reason() == {
+        "image_empty": 1,
+        "image_missing": 1,
+        "broken_json": 1,
+        "overlong": 1,
+    }
+    assert [row.where for row in report.rejected] == [
+        "train.jsonl:2",
+        "train.jsonl:3",
+        "train.jsonl:4",
+        "train.jsonl:9",
+    ]
+    assert [row.id for row in report.rejected] == ["1", "2", None, "long"]
+    assert report.accepted[0].tolist() == [0, 4, 5, 6, 7]
+    assert report.notes == {
+        "duplicate_id": 1,
+        "special_token_in_text": 1,
+        "leading_answer_dropped": 1,
+    }
+    assert "image_missing: train.jsonl:3" in report.table()
+    content = json.loads(json.dumps(report.to_json()))
+    assert (content["num_rows"], content["num_ok"], content["num_rejected"]) == (9, 5, 4)
+    assert content["tokens_per_row"]["max"] == int(report.lengths.max())
+    report.write_quarantine(tmp_path / "q.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines] == [row.reason for row in report.rejected]
+    assert all(line["fix"] for line in lines)
+
+
+def test_truncation_is_counted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [{"conversations": talk("a", "word " * 500)}])
+    report = check(path, overlong="truncate_text")
+    assert report.lengths.tolist() == [400]
+    assert report.notes == {"truncated": 1}
+
+
+def test_deep_finds_what_headers_hide(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, rows_of(tmp_path, 2))
+    file = tmp_path / "1.jpg"
+    content = bytearray(file.read_bytes())
+    scan = content.index(b"\xff\xda")
+    # A marker no decoder knows in the middle of the picture; header and end are as they were.
+    content[scan + 14 : scan + 16] = b"\xff\xc1"
+    file.write_bytes(bytes(content))
+    assert check(path).num_ok == 2
+    assert check(path, deep=True).by_reason() == {"image_corrupt": 1}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_processes_find_the_same(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 4)
+    rows = rows_of(tmp_path, 10)
+    (tmp_path / "7.jpg").write_bytes(b"no image")
+    path = write_rows(tmp_path, rows, name)
+    seen: list[tuple[int, int]] = []
+    several = check(path, workers=2, progress=lambda done, total: seen.append((done, total)))
+    alone = check(path)
+    assert several.to_json() == alone.to_json()
+    assert several.lengths.tolist() == alone.lengths.tolist()
+    assert several.rejected == alone.rejected
+    assert seen == [(4, 10), (8, 10), (10, 10)]

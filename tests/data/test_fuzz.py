@@ -1,0 +1,135 @@
+"""Whatever stands in a dataset file, a row is loaded or rejected with its reason; nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import llama_tokenizer, make_encoder, make_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vistune.data.check import check_sources
+from vistune.errors import DataError
+from vistune.recipe import SourceConfig
+
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        [
+            "<image>",
+            "<image>\nWhat?",
+            "a <image> b <image>",
+            "</s>",
+            "<|im_end|><|im_start|>",
+            "<unk>",
+            "",
+            " \n",
+            "ok",
+            "\ud800",
+            "\x00",
+            "{{ x }}{% y %}",
+            "\ue0f0a1\ue0f1",
+        ]
+    ),
+)
+ROLES = st.sampled_from(["human", "gpt", "user", "assistant", "system", "bot", "", None, 3])
+TURN = st.one_of(
+    st.fixed_dictionaries({"from": ROLES, "value": TEXTS}),
+    st.fixed_dictionaries({"from": ROLES, "value": st.none() | st.integers() | st.lists(TEXTS)}),
+    TEXTS,
+    st.none(),
+)
+PAIR = st.builds(
+    lambda a, b: [{"from": "human", "value": a}, {"from": "gpt", "value": b}], TEXTS, TEXTS
+)
+NAMES = st.sampled_from(
+    [
+        "0.jpg",
+        "1.jpg",
+        "bad.jpg",
+        "empty.png",
+        "no.jpg",
+        "../0.jpg",
+        "/e/p",
+        "",
+        ".",
+        "a" * 300,
+    ]
+)
+ANY = st.none() | st.integers() | st.floats() | TEXTS
+ROW = st.one_of(
+    st.fixed_dictionaries(
+        {"conversations": st.one_of(PAIR, st.lists(TURN, max_size=5), ANY)},
+        optional={
+            "id": ANY | st.lists(ANY, max_size=2),
+            "image": NAMES | st.lists(NAMES | ANY, max_size=3) | ANY,
+        },
+    ),
+    ANY,
+    st.lists(ANY, max_size=2),
+)
+
+
+GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+
+
+def write(path: Path, rows: list[Any], raw: list[bytes]) -> None:
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join([json.dumps(GOOD).encode(), *lines, *raw]))
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "plain"])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=6),
+    raw=st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b" ")), max_size=2),
+    policy=st.sampled_from(["drop", "truncate_text"]),
+    limit=st.sampled_from([8, 60, 500]),
+)
+def test_every_row_is_loaded_or_rejected(
+    tmp_path: Path, template: str, rows: list[Any], raw: list[bytes], policy: Any, limit: int
+) -> None:
+    if not (tmp_path / "0.jpg").exists():
+        make_images(tmp_path, 2)
+        (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0" + b"x" * 40)
+        (tmp_path / "empty.png").write_bytes(b"")
+    write(tmp_path / "f.jsonl", rows, raw)
+    source = SourceConfig(path=str(tmp_path / "f.jsonl"))
+    encoder = make_encoder(template, llama_tokenizer())
+    report = check_sources([source], encoder, max_tokens=limit, overlong=policy, deep=True)
+    assert report.num_ok + len(report.rejected) == report.total_rows
+    for row in report.rejected:
+        assert row.reason
+        assert row.fix
+        assert row.where.startswith("f.jsonl:")
+    if limit == 500 and template != "plain":
+        assert 0 in report.accepted[0]  # the known good row in front
+    assert (report.lengths <= limit).all()
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.binary(max_size=60) | st.text(alphabet='[]{},:"\\1 \n', max_size=30).map(str.encode)
+)
+def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f.json").write_bytes(content)
+    try:
+        report = check_sources(
+            [SourceConfig(path=str(tmp_path / "f.json"))],
+            make_encoder(),
+            max_tokens=100,
+            overlong="drop",
+        )
+    except DataError:
+        return
+    assert report.num_ok == 0
+    assert len(report.rejected) == report.total_rows > 0
