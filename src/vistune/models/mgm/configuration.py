@@ -104,8 +104,11 @@ class MGMConfig(PreTrainedConfig):  # type: ignore[misc]
             ModelError: The config or the shapes are not an MGM's on Gemma.
         """
         text = dict(config.get("text", config))
-        unknown = {"model_type", "architectures", "vision_tower", "auto_map"}
-        fields = {k: v for k, v in text.items() if k in _GEMMA_FIELDS and k not in unknown}
+        fields = {k: v for k, v in text.items() if k in _GEMMA_FIELDS}
+        # Gemma's first configs say "gelu" and mean the tanh form. Transformers reads that word
+        # differently from version to version, so it is never passed on.
+        activation = text.get("hidden_activation") or text.get("hidden_act")
+        fields["hidden_act"] = _TANH_GELU if activation in (None, "gelu") else activation
         vision = config.get("vision_tower")
         select = config.get("mm_vision_select_layer", -2)
         if isinstance(vision, Mapping):
@@ -156,7 +159,9 @@ class MGMConfig(PreTrainedConfig):  # type: ignore[misc]
         }
 
 
+_TANH_GELU = "gelu_pytorch_tanh"
 _GEMMA_2B = {
+    "hidden_act": _TANH_GELU,
     "hidden_size": 2048,
     "intermediate_size": 16_384,
     "num_hidden_layers": 18,
@@ -172,7 +177,6 @@ _GEMMA_FIELDS = frozenset(
         "attention_dropout",
         "bos_token_id",
         "eos_token_id",
-        "hidden_act",
         "initializer_range",
         "max_position_embeddings",
         "pad_token_id",
