@@ -65,8 +65,9 @@ def test_cached_scores_are_those_of_the_whole_text(
     seen = model(
         ids[:, :15], pixel_values=arrays["images"], attention_mask=mask[:, :15], use_cache=True
     )
-    # Row 0 has counted 12 positions in 15 tokens, row 1 (five pads, then from 1) counts alike.
-    last = torch.tensor([[11], [7]])
+    last = model.prompt_positions(ids[:, :15], mask[:, :15])[:, -1:]
+    # Row 0: 15 tokens, three of them share a position. Row 1: five pads, then from 1.
+    assert last.tolist() == [[11], [7]]
     for step in range(15, 19):
         last = last + 1
         seen = model(

@@ -256,7 +256,7 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             ModelError: Image slots and images do not fit. (Off the CPU a failed device assertion,
                 which nothing has to wait for.)
         """
-        is_image_BT = self._image_slots(input_ids_BT, None)
+        is_image_BT = self._image_slots(input_ids_BT)
         _check_slots(
             is_image_BT, pixel_values_NCYX, self.config, wait=input_ids_BT.device.type == "cpu"
         )
@@ -286,6 +286,19 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
         scores: Tensor = self.lm_head(hidden_MD)
         return scores
 
+    def prompt_positions(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None) -> Tensor:
+        """Positions of a prompt; each token said after it takes the last one plus one.
+
+        Args:
+            input_ids_BT: int64 [B, T].
+            attention_mask_BT: [B, T], 0 at padding on either side; None without padding.
+
+        Returns:
+            int64 [B, T], for `forward`.
+        """
+        is_image_BT = self._image_slots(input_ids_BT, mask=attention_mask_BT)
+        return self._positions(is_image_BT, attention_mask_BT, num_past=0)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -295,7 +308,7 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
         token_type_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """Runs a padded batch, or the next tokens of one.
@@ -309,7 +322,7 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             token_type_ids: [B, T], 1 at image slots; made from `image_token_id` where None.
             past_key_values: Keys and values of earlier tokens.
             use_cache: Whether to keep keys and values for the next tokens.
-            logits_to_keep: Scores of the last so many positions; 0 for all.
+            logits_to_keep: Scores of the last so many positions, 0 for all; or which positions.
             return_dict: Only True is supported.
 
         Returns:
@@ -319,18 +332,16 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             ModelError: Image slots and images do not fit.
         """
         if not return_dict:
-            raise ModelError("outputs are returned by name only", where="return_dict", got=False)
+            raise ModelError("outputs are returned by name only", where="return_dict")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        now_mask = None if attention_mask is None else attention_mask[:, num_past:]
-        is_image = self._image_slots(input_ids, token_type_ids)
-        if now_mask is not None:
-            is_image = is_image & now_mask.bool()
         if num_past and pixel_values is None:
             # What follows a prompt is text, whatever token was said.
-            is_image = torch.zeros_like(is_image)
+            is_image = torch.zeros_like(input_ids, dtype=torch.bool)
         else:
+            now_mask = None if attention_mask is None else attention_mask[:, num_past:]
+            is_image = self._image_slots(input_ids, token_type_ids, now_mask)
             _check_slots(is_image, pixel_values, self.config, wait=True)
         if position_ids is None:
             position_ids = self._positions(is_image, attention_mask, num_past=num_past)
@@ -350,15 +361,19 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             past_key_values=past_key_values,
         )
         return CausalLMOutputWithPast(
-            logits=self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden),
+            logits=self.logits(_kept(hidden, logits_to_keep)),
             hidden_states=(hidden,),
             past_key_values=past_key_values if use_cache else None,
         )
 
-    def _image_slots(self, input_ids_BT: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        if token_type_ids is not None:
-            return token_type_ids == 1
-        return input_ids_BT == self.image_token_id
+    def _image_slots(
+        self, input_ids_BT: Tensor, token_types: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if token_types is not None:
+            slots_BT = token_types == 1
+        else:
+            slots_BT = input_ids_BT == self.image_token_id
+        return slots_BT if mask is None else slots_BT & mask.bool()
 
     def _route(self, is_image_BT: Tensor, pixel_values: Tensor | None) -> ExpertRoute:
         if pixel_values is None:
@@ -391,9 +406,7 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
         mask = model_kwargs.get("attention_mask")
-        is_image = self._image_slots(inputs_tensor, model_kwargs.get("token_type_ids"))
-        if mask is not None:
-            is_image = is_image & mask.bool()
+        is_image = self._image_slots(inputs_tensor, model_kwargs.get("token_type_ids"), mask)
         # Kept beside the ids, because a generated image token must not be taken for an image.
         model_kwargs["token_type_ids"] = is_image.long()
         return self._positions(is_image, mask, num_past=0)
@@ -403,6 +416,12 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
         updated["token_type_ids"][:, -num_new:] = 0
         return updated
+
+
+def _kept(hidden_BTD: Tensor, positions: int | Tensor) -> Tensor:
+    if isinstance(positions, Tensor):
+        return hidden_BTD[:, positions]
+    return hidden_BTD[:, -positions:] if positions else hidden_BTD
 
 
 def _check_slots(
