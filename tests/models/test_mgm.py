@@ -132,6 +132,9 @@ def test_public_sizes() -> None:
     assert count(model.connector) == 13_259_008
     assert count(model.connector.projector) == 6_295_552
     assert count(model.connector.mining) == 1_051_648 + 2 * 2_955_904
+    # Gemma-2B with its head tied, and CLIP-L/14 at 336 pixels.
+    assert count(model.language_model) == 2_506_172_416
+    assert count(model.vision_tower) == 303_507_456
     assert sum(config.aux_widths or ()) == 2880
     assert model.grid.num_tokens(768, 768) == 576
     hd = MGMConfig(image_size_aux=1536, image_grid=2, image_global=True)

@@ -94,6 +94,11 @@ class VisualGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         )
 
     @property
+    def never_trained(self) -> frozenset[str]:
+        """Parameters that no gradient reaches: none."""
+        return frozenset()
+
+    @property
     def grid(self) -> VisionGrid:
         """One input size, and as many tokens as the Q-Former has queries."""
         side = self.config.vision_config.image_size
