@@ -1,0 +1,88 @@
+"""Writes adapters as PEFT directories, with the connector beside them.
+
+    <folder>/language_model/   PEFT adapter of the language model
+    <folder>/vision_tower/     PEFT adapter of the vision tower, when it has one
+    <folder>/connector.safetensors
+    <folder>/vistune.json
+
+The base models are not copied: `adapter_config.json` names where they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from vistune.checkpoint.manifest import Manifest, write_manifest
+from vistune.data.encode import Encoder
+from vistune.errors import ModelError
+from vistune.export.files import write_tokenizer
+from vistune.models.compose import ComposedVLM
+from vistune.models.tune.lora import adapter_layers
+from vistune.recipe import ModelConfig
+
+_PARTS = ("language_model", "vision_tower")
+
+
+def write_adapter(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folder: Path) -> None:
+    """Writes the adapters and the connector of a model.
+
+    Args:
+        model: With its adapters, not merged.
+        encoder: Its encoder.
+        manifest: The run's description; its parts are the adapters' bases.
+        folder: An empty directory.
+
+    Raises:
+        ModelError: There are no adapters, or a part was trained in full besides.
+    """
+    layers = adapter_layers(model)
+    whole = [
+        role
+        for role in ("vision", "language", "head")
+        if manifest.tune.get(role, {}).get("mode") == "full"
+    ]
+    if not layers or whole:
+        raise ModelError(
+            f"the {' and '.join(whole)} weights were trained in full; an adapter cannot hold them"
+            if whole
+            else "this run trained no adapters",
+            fix="export with --to hf or --to vistune",
+        )
+    bases = _bases(manifest.parts)
+    for part in _PARTS:
+        if any(name.startswith(f"{part}.") for name in layers):
+            _write_peft(model.get_submodule(part), base=bases[part], folder=folder / part)
+    state = {
+        f"connector.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in model.connector.state_dict().items()
+    }
+    save_file(state, folder / "connector.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, encoder)
+    write_manifest(folder, manifest)
+
+
+def _bases(parts: ModelConfig | None) -> dict[str, str]:
+    if parts is None or parts.language_model is None or parts.vision_tower is None:
+        whole = "" if parts is None or parts.from_checkpoint is None else parts.from_checkpoint
+        return dict.fromkeys(_PARTS, whole)
+    return {"language_model": parts.language_model.path, "vision_tower": parts.vision_tower.path}
+
+
+def _write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir()
+    owner: Any = part
+    config = owner.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    state = {
+        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(part, adapter_name="default").items()
+    }
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,100 @@
+"""What every export writes: weights in shards, tokenizer, preprocessor file; all or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vistune.data.encode import Encoder
+from vistune.data.image import ImagePlan
+from vistune.errors import CheckpointError
+
+MAX_SHARD = "5GB"
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+@contextmanager
+def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives a directory beside `output` to write into and moves it there when all went well.
+
+    Args:
+        output: Where the directory shall be.
+        overwrite: Replace what is there.
+
+    Raises:
+        CheckpointError: Something is there, or the place cannot be written.
+    """
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(
+            "there is something here already",
+            where=str(output),
+            fix="add --overwrite, or name another --output",
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            "this place cannot be written", where=str(output), got=str(error)
+        ) from error
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.is_dir():
+        shutil.rmtree(output)
+    elif output.exists():
+        output.unlink()
+    partial.rename(output)
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file."""
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes safetensors, in shards when they are large."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder,
+        max_shard_size=MAX_SHARD,
+    )
+
+
+def image_processor_values(plan: ImagePlan) -> dict[str, Any]:
+    """Returns an image plan as the values of transformers' LLaVA image processor."""
+    side = {"height": plan.size_px, "width": plan.size_px}
+    square = plan.mode == "resize"
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_convert_rgb": True,
+        "do_pad": plan.mode == "pad",
+        "do_resize": True,
+        "size": side if square else {"shortest_edge": plan.size_px},
+        "resample": _FILTERS[plan.resample],
+        "do_center_crop": not square,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(plan.mean),
+        "image_std": list(plan.std),
+    }
+
+
+def write_tokenizer(folder: Path, encoder: Encoder) -> None:
+    """Writes tokenizer and preprocessor file."""
+    encoder.tokenizer.save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", image_processor_values(encoder.image_plan))

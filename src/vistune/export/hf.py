@@ -1,0 +1,214 @@
+"""Writes transformers' LLaVA: `LlavaForConditionalGeneration` and `LlavaProcessor`.
+
+Only models whose function that class computes are written; for others the error names what does not
+fit. Weights get the names the hub uses, which serving engines expect.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistune.checkpoint.layouts.llava_hf import TOWER_TYPES, from_composed
+from vistune.checkpoint.layouts.names import model_state
+from vistune.data.encode import Encoder
+from vistune.errors import ModelError
+from vistune.export.files import (
+    image_processor_values,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
+from vistune.export.jinja import chat_template
+from vistune.models.compose import ComposedVLM
+from vistune.models.connectors import last_linear
+from vistune.models.facts import IMAGE_TOKEN
+from vistune.models.tune.lora import adapter_layers
+
+_HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def misfits(model: ComposedVLM) -> list[str]:
+    """Returns what keeps a model from being transformers' LLaVA; empty when nothing does."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config, plan = model.config, model.plan
+    text = config.text_config
+    head: Any = model.get_output_embeddings()
+    found = []
+    if plan.family not in TOWER_TYPES:
+        found.append(f"a '{plan.family}' tower (it takes CLIP and SigLIP)")
+    if plan.normalised:
+        found.append(
+            "features behind the tower's final norm (train with model.vision_tower.layer=-1 or -2)"
+        )
+    if config.connector_kind != "mlp2x_gelu" or config.pixel_shuffle != 1:
+        found.append(
+            f"a connector {config.connector_kind} with pixel_shuffle {config.pixel_shuffle} (it"
+            " takes mlp2x_gelu without)"
+        )
+    if type(text) not in MODEL_MAPPING or model.language_model.base_model_prefix != "model":
+        found.append(f"a language model of type '{text.model_type}'")
+    scaled = [name for name in _HEAD_EXTRAS if getattr(text, name, None) not in (None, 1, 1.0)]
+    if scaled or getattr(head, "bias", None) is not None:
+        found.append(f"a head with {', '.join(scaled) or 'a bias'}, which it would leave out")
+    if adapter_layers(model):
+        found.append("adapters that are not merged")
+    return found
+
+
+def write_hf(model: ComposedVLM, encoder: Encoder, folder: Path) -> None:
+    """Writes a model as a transformers LLaVA directory.
+
+    Args:
+        model: Adapters merged.
+        encoder: Its encoder.
+        folder: An empty directory.
+
+    Raises:
+        ModelError: The model is not one that class can compute.
+        TemplateError: The chat template has no jinja form.
+    """
+    wrong = misfits(model)
+    if wrong:
+        raise ModelError(
+            "this model is not one that transformers' LLaVA can compute",
+            got="; ".join(wrong),
+            fix="export with --to vistune",
+        )
+    state = {from_composed(name): tensor for name, tensor in model_state(model).items()}
+    num_rows = _widen(state, model)
+    _scale_connector(state, model)
+    _add_unused_norm(state, model)
+    write_weights(folder, state)
+    _write_configs(model, encoder, folder, num_rows=num_rows)
+    _write_processor(model, encoder, folder)
+
+
+def _widen(state: dict[str, Tensor], model: ComposedVLM) -> int:
+    """Adds zero rows for an image token outside the vocabulary; returns the rows there are."""
+    embeddings: Any = model.get_input_embeddings()
+    num_rows = int(embeddings.weight.shape[0])
+    extra = model.image_token_id + 1 - num_rows
+    if extra <= 0:
+        return num_rows
+    names = {id(embeddings.weight), id(model.get_output_embeddings().weight)}
+    for name, tensor in model_state(model).items():
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is not None and id(parameter) in names:
+            rows = tensor.new_zeros(extra, tensor.shape[1])
+            state[from_composed(name)] = torch.cat((tensor, rows))
+    return num_rows + extra
+
+
+def _scale_connector(state: dict[str, Tensor], model: ComposedVLM) -> None:
+    """Moves a factor on image embeddings into the last layer, whose output they are."""
+    scale = model.config.image_embed_scale
+    layer = last_linear(model.connector)
+    if scale == 1.0 or layer is None:
+        return
+    for name in ("weight", "bias"):
+        key = f"multi_modal_projector.linear_2.{name}"
+        state[key] = (state[key].float() * scale).to(state[key].dtype)
+
+
+def _add_unused_norm(state: dict[str, Tensor], model: ComposedVLM) -> None:
+    """Adds the norm that features do not pass but that the class has a place for."""
+    prefix = f"vision_tower.vision_model.{model.plan.traits.final_norm}"
+    width = int(model.config.vision_config.hidden_size)
+    like = next(iter(state.values()))
+    state[f"{prefix}.weight"] = torch.ones(width, dtype=like.dtype)
+    state[f"{prefix}.bias"] = torch.zeros(width, dtype=like.dtype)
+
+
+def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_rows: int) -> None:
+    from transformers import GenerationConfig, LlavaConfig
+
+    config = model.config
+    text = config.text_config.to_dict()
+    known_rows = int(text["vocab_size"])
+    text["vocab_size"] = num_rows
+    llava = LlavaConfig(
+        vision_config=config.vision_config.to_dict(),
+        text_config=text,
+        image_token_index=model.image_token_id,
+        image_seq_length=model.grid.num_tokens(
+            encoder.image_plan.size_px, encoder.image_plan.size_px
+        ),
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=_strategy(model),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=next(model.parameters()).dtype,
+    )
+    llava.save_pretrained(folder)
+    # Rows without a meaning must never be answered with: they would win over negative logits.
+    never = sorted({model.image_token_id, *range(known_rows, num_rows)})
+    GenerationConfig(
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        eos_token_id=list(encoder.stop_token_ids),
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        suppress_tokens=never,
+    ).save_pretrained(folder)
+
+
+def _strategy(model: ComposedVLM) -> str:
+    drops_class = model.plan.traits.class_token and model.plan.select == "patch"
+    return "default" if drops_class else "full"
+
+
+def _write_processor(model: ComposedVLM, encoder: Encoder, folder: Path) -> None:
+    write_tokenizer(folder, encoder)
+    (folder / "chat_template.jinja").write_text(chat_template(encoder), encoding="utf-8")
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_processor": image_processor_values(encoder.image_plan),
+            "image_token": IMAGE_TOKEN,
+            "patch_size": model.grid.patch_px,
+            "vision_feature_select_strategy": _strategy(model),
+            # The processor subtracts the class token again when the strategy drops it.
+            "num_additional_image_tokens": int(model.plan.traits.class_token),
+        },
+    )
+
+
+@torch.no_grad()
+def compare_hf(model: ComposedVLM, encoder: Encoder, folder: Path) -> float:
+    """Loads what was written with transformers and compares its logits.
+
+    Args:
+        model: The model that was written.
+        encoder: Its encoder.
+        folder: The directory.
+
+    Returns:
+        The largest difference of the logits on one prompt with an image, relative to the largest
+        logit.
+    """
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration
+
+    from vistune.models.weights import quiet_transformers
+    from vistune.types import Turn
+
+    size = encoder.image_plan.size_px
+    picture = Image.linear_gradient("L").resize((size, size)).convert("RGB")
+    sample = encoder.encode_prompt([Turn("user", (0, "What is this?"))], [picture])
+    inputs = {
+        "input_ids": torch.from_numpy(sample.input_ids)[None],
+        "pixel_values": torch.from_numpy(sample.pixel_values[0])[None],
+    }
+    dtype = next(model.parameters()).dtype
+    with quiet_transformers():
+        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    device = next(model.parameters()).device
+    ours = model(**{name: value.to(device) for name, value in inputs.items()}).logits.cpu().float()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    found = theirs(**inputs).logits.float()
+    return float((found[..., : ours.shape[-1]] - ours).abs().max() / ours.abs().max())

@@ -1,0 +1,148 @@
+"""Exports a run, a checkpoint of it, or a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+
+from vistune._version import __version__
+from vistune.assembly import INHERITED_NAME, lay_over, load_assembled
+from vistune.checkpoint.layouts import describe_directory, load_directory
+from vistune.checkpoint.load import resolve_checkpoint
+from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from vistune.data.encode import Encoder
+from vistune.errors import CheckpointError
+from vistune.export.adapter import write_adapter
+from vistune.export.files import new_directory
+from vistune.export.hf import compare_hf, write_hf
+from vistune.export.vistune_model import write_vistune
+from vistune.models.build import build_model
+from vistune.models.facts import ModelFacts, describe
+
+# Relative to the largest logit: rounding of another order of operations.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def export_model(
+    path: Path,
+    *,
+    to: Literal["hf", "adapter", "vistune"],
+    output: Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> Path:
+    """Writes a trained model in another form.
+
+    Args:
+        path: Run directory (its newest checkpoint), checkpoint, or model directory.
+        to: `hf`: transformers' LLaVA; `adapter`: PEFT adapters and connector; `vistune`: one
+            self-describing directory.
+        output: Directory to write.
+        overwrite: Replace what is there.
+        dtype: Format of the weights; that of the language model's config when left out.
+        verify: Load an `hf` export with transformers and compare its logits.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        CheckpointError: `path` holds nothing to export, `output` is taken, or the written model
+            answers differently.
+        ModelError: The model has no such form.
+    """
+    folder = resolve_checkpoint(path)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    facts = _facts(manifest, folder)
+    stored = getattr(facts.text_config, "dtype", None)
+    dtype = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+    with new_directory(output, overwrite=overwrite) as target:
+        if to == "adapter":
+            _write_adapter(manifest, facts, target, dtype=dtype, where=folder)
+            return output
+        found = load_assembled(folder, dtype=dtype)
+        if to == "vistune":
+            whole = _manifest_of_whole(manifest, found.encoder, folder)
+            write_vistune(found.model, found.encoder, whole, target)
+            return output
+        write_hf(found.model, found.encoder, target)
+        if verify:
+            error = compare_hf(found.model, found.encoder, target)
+            if not error <= _TOLERANCE.get(dtype, 5e-2):
+                raise CheckpointError(
+                    "transformers computes other logits from the export than vistune",
+                    where=str(output),
+                    got=f"a relative difference of {error:.1e}",
+                    fix="export with --to vistune",
+                )
+    return output
+
+
+def _facts(manifest: Manifest | None, folder: Path) -> ModelFacts:
+    """Describes the model that a directory holds or is laid over."""
+    if manifest is None or manifest.parts is None:
+        return describe_directory(folder)
+    whole = manifest.parts.from_checkpoint
+    return describe(manifest.parts) if whole is None else describe_directory(Path(whole))
+
+
+def _write_adapter(
+    manifest: Manifest | None,
+    facts: ModelFacts,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    where: Path,
+) -> None:
+    parts = None if manifest is None else manifest.parts
+    if manifest is None or parts is None:
+        raise CheckpointError(
+            "only a run or a checkpoint of it has adapters to export",
+            where=str(where),
+            fix="export with --to hf or --to vistune",
+        )
+    _check_base(where)
+    if parts.from_checkpoint is None:
+        model = build_model(parts, facts, seed=manifest.seed, dtype=dtype)
+    else:
+        model = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+    lay_over(model, where)
+    encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
+    write_adapter(model, encoder, manifest, target)
+
+
+def _check_base(checkpoint: Path) -> None:
+    """Refuses adapters that stand on weights which an earlier run trained."""
+    file = checkpoint / INHERITED_NAME
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as weights:
+        changed = [n for n in weights.keys() if not n.startswith("connector.")]  # noqa: SIM118
+    if changed:
+        raise CheckpointError(
+            "these adapters stand on weights that an earlier run trained, so their base is in no"
+            " directory that others could load",
+            where=str(checkpoint),
+            got=f"{len(changed)} such weights",
+            fix="export with --to hf or --to vistune",
+        )
+
+
+def _manifest_of_whole(manifest: Manifest | None, encoder: Encoder, folder: Path) -> Manifest:
+    state = encoder.to_state()
+    if manifest is None:
+        return Manifest(vistune_version=__version__, kind="model", encoder=state)
+    return manifest.model_copy(
+        update={
+            "vistune_version": __version__,
+            "kind": "model",
+            "parts": None,
+            "part_fingerprints": {},
+            "tune": {},
+            "encoder": state,
+            "merged_from": (*manifest.merged_from, str(folder)),
+        }
+    )
