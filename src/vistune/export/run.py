@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from vistune._version import __version__
-from vistune.assembly import INHERITED_NAME, lay_over, load_assembled
+from vistune.assembly import lay_over, load_assembled
+from vistune.checkpoint.files import INHERITED_NAME
 from vistune.checkpoint.layouts import describe_directory, load_directory
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
