@@ -17,9 +17,11 @@ from transformers import LlamaForCausalLM
 
 from vistune.checkpoint.layouts.internlm2 import from_public, to_public, write_internlm2
 from vistune.errors import ModelError, WeightsError
+from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.families import FAMILIES, LANGUAGE_FAMILIES, detect
 from vistune.models.families.files import built_on_meta
 from vistune.models.families.internlm2 import load_internlm2
+from vistune.models.language.decoder import check_config, check_model
 from vistune.models.language.internlm2 import (
     grouped_heads,
     internlm2_to_llama_config,
@@ -205,3 +207,22 @@ def test_real_size_is_the_public_one() -> None:
     assert tuple(public["model.layers.23.attention.wqkv.weight"].shape) == (4096, 2048)
     assert len(public) == 3 + 24 * 7
     assert config.rope_parameters == {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+
+
+@torch.no_grad()
+def test_it_is_an_ordinary_language_part_on_packed_rows(arrays: dict[str, Tensor]) -> None:
+    model = load_internlm2(FIXTURE, torch.float32)
+    alone = [
+        model(ids[None]).logits[0] for ids in (arrays["input_ids"][0], arrays["input_ids"][1, :15])
+    ]
+    model.config._attn_implementation = register_packed_attention()
+    check_config(model.config, where="internlm2")
+    check_model(model, where="internlm2")
+    ids = torch.cat([arrays["input_ids"][0], arrays["input_ids"][1, :15]])[None]
+    packed = model(
+        ids,
+        attention_mask=packing_mask(torch.tensor([0, 21, 36]), 21),
+        position_ids=torch.cat([torch.arange(21), torch.arange(15)])[None],
+    )
+    # The same sums in another order.
+    torch.testing.assert_close(packed.logits[0], torch.cat(alone), rtol=1e-5, atol=1e-5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 import torch
 
 from vistune.models.cogvlm2.tokens import (
@@ -37,6 +40,38 @@ def test_images_side_by_side_keep_their_own_marks() -> None:
     assert position_ids(slots, num_image_tokens=K)[0].tolist() == [
         0, *[1, 2, 2, 2, 3], *[4, 5, 5, 5, 6], 7,
     ]  # fmt: skip
+
+
+def _by_neighbours(types: list[int], real: list[int]) -> tuple[list[bool], list[int]]:
+    """The public rules as they are told: every token asks the tokens beside it."""
+    n = len(types)
+    after = [*types[1:], 0]
+    visual = [bool(types[i] and after[i]) for i in range(n)]
+    kinds: list[int | None] = []
+    for i in range(n):
+        before = types[i - 1] if i and real[i - 1] else 0
+        is_mark = types[i] and not (before and after[i])
+        kinds.append(None if not real[i] else 0 if is_mark else types[i])
+    positions = [0]
+    for i in range(1, n):
+        steps = kinds[i] == 0 or (kinds[i] == 1 and kinds[i - 1] == 0)
+        positions.append(positions[-1] + int(steps))
+    return visual, positions
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_separate_images_follow_the_rules_by_neighbours(seed: int) -> None:
+    rng = random.Random(seed)
+    body = "t"
+    for _ in range(rng.randint(0, 3)):
+        body += "i" * K + "t" * rng.randint(1, 4)
+    left, right = rng.choice([(0, 0), (rng.randint(1, 5), 0), (0, rng.randint(1, 5))])
+    slots = row("p" * left + body + "p" * right)
+    real = [0] * left + [1] * len(body) + [0] * right
+    visual, positions = _by_neighbours(slots[0].long().tolist(), real)
+    assert vision_expert_mask(slots, num_image_tokens=K)[0].tolist() == visual
+    ours = position_ids(slots, num_image_tokens=K, attention_mask_BT=torch.tensor([real]))
+    assert ours[0].tolist() == positions
 
 
 def test_packed_positions_restart_and_know_nothing_of_neighbours() -> None:
