@@ -28,10 +28,12 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
+COMMAND = (sys.executable, "-m", "vistune", "data", "check")
+
+
 def check(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vistune", "data", "check", path.name, "--images", "images"]
-        + list(arguments),
+        [*COMMAND, path.name, "--images", "images", *arguments],
         cwd=path.parent,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,

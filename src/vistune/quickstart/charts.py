@@ -48,7 +48,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], *, title: str) -> 
         for t in ticks
     )
     bottom = _HEIGHT - _BOTTOM + 18
-    marks = [t for t in nice_ticks(first, last, 4) if first <= t <= last]
+    marks = [t for t in nice_ticks(first, last, 4) if first <= t <= last and t == int(t)]
     axis = "".join(
         f'<text class="tick" x="{x(t):.1f}" y="{bottom}" text-anchor="middle">{t:g}</text>'
         for t in marks

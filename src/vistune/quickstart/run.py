@@ -6,6 +6,7 @@ training run that was killed goes on from its newest checkpoint, an evaluation f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -241,7 +242,7 @@ def _train(recipe: ResolvedRecipe, state: _State, name: str, console: Console) -
     """
     from vistune.train.loop import train
 
-    key = recipe.to_yaml()
+    key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
     run = RunDirectory.of(recipe)
     if name in state.done and run.path.is_dir():
         if state.done[name] != key:
