@@ -25,6 +25,7 @@ from vistune.device import Device
 from vistune.errors import CheckpointError, DataError, NonFiniteError, TrainingError
 from vistune.parallel import SingleProcess, Strategy
 from vistune.recipe import Recipe
+from vistune.train import collector_paused
 from vistune.train.hooks import Hook
 from vistune.train.interrupt import StopRequest
 from vistune.train.opening import OpenRun
@@ -191,6 +192,11 @@ class _Steps:
 
     def _prepare(self) -> nn.Module:
         """Makes the optimizer and puts the checkpoint's state in place."""
+        # The first optimizer of a process makes torch import its compiler: a second of CPU time.
+        with collector_paused():
+            return self._place()
+
+    def _place(self) -> nn.Module:
         job = self.job
         module = LossModule(job.model, sources=job.sources, vocabulary_size=job.vocabulary_size)
         trainer = job.opened.trainer

@@ -6,8 +6,10 @@ own. The steps themselves are in `fit`.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.device import Device, seed_everything, select_device, versions
 from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
+from vistune.train import collector_paused
 from vistune.train.fit import Job, TrainResult, append_json, fit, num_steps
 from vistune.train.hooks import (
     ConsoleHook,
@@ -77,14 +80,28 @@ def train(
             resumed_from=opened.progress.step,
         )
         seed_everything(recipe.seed)
-        blueprint = _blueprint(recipe, opened)
-        data = _data(recipe, blueprint, opened, device, console)
-        built = _model(recipe, blueprint, opened, device, console)
-        total_steps = num_steps(recipe, data)
-        print_tuning(built.tuning, recipe.train, console)
-        result = fit(_job(recipe, opened, device, blueprint, data, built, console))
+        _import_engines()
+        with collector_paused():
+            blueprint = _blueprint(recipe, opened)
+            data = _data(recipe, blueprint, opened, device, console)
+            built = _model(recipe, blueprint, opened, device, console)
+            total_steps = num_steps(recipe, data)
+            print_tuning(built.tuning, recipe.train, console)
+            job = _job(recipe, opened, device, blueprint, data, built, console)
+        result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
+
+
+def _import_engines() -> None:
+    """Imports what needs transformers: after the directory, so that its errors come at once."""
+    if "vistune.assembly" in sys.modules:
+        return
+    with collector_paused():
+        import vistune.assembly
+        import vistune.data.loader  # noqa: F401
+    # What was just imported stays for good; the collector need never look at it again.
+    gc.freeze()
 
 
 def _device(recipe: Recipe, console: Console) -> Device:

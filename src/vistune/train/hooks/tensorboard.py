@@ -40,24 +40,34 @@ class TensorBoardHook(Hook):
     """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2
+        self._folder = folder
+        self._writer: Any = None
+        self._first_step = 0
+
+    def _open(self) -> None:
+        """Opens the file at the first write, so that the import does not delay the first step."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._pb = event_pb2
-        self._writer = RecordWriter((folder / name).open("wb"))
+        self._writer = RecordWriter((self._folder / name).open("wb"))
         self._write(file_version="brain.Event:2")
+        if self._first_step > 0:
+            # A restart: TensorBoard drops what an earlier process wrote from here on.
+            start = SessionLog(status=SessionLog.START)
+            self._write(step=self._first_step + 1, session_log=start)
 
     def _write(self, **fields: Any) -> None:
-        event = self._pb.Event(wall_time=time.time(), **fields)
-        self._writer.write(event.SerializeToString())
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        if self._writer is None:
+            self._open()
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def on_start(self, step: int) -> None:
-        """Marks a restart: TensorBoard then drops what an earlier process wrote from here on."""
-        if step > 0:
-            start = self._pb.SessionLog(status=self._pb.SessionLog.START)
-            self._write(step=step + 1, session_log=start)
+        """Remembers where this process starts."""
+        self._first_step = step
 
     def on_record(self, record: StepRecord) -> None:
         """Writes one scalar per number; those not measured are left out."""
@@ -85,4 +95,5 @@ class TensorBoardHook(Hook):
 
     def close(self) -> None:
         """Closes the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
