@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import IO, Annotated, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +49,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _TAIL_BYTES = 65_536
+_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "WEBP": b""}
 
 
 class ImagePlan(Section):
@@ -191,7 +191,7 @@ def probe(image: ImageLike, plan: ImagePlan) -> tuple[int, int]:
         if _orientation(opened) >= 5:
             width, height = height, width
         plan.check_size(height, width, name=image.name)
-        _check_trailer(image, opened.format)
+        _check_trailer(opened, image)
     return height, width
 
 
@@ -210,7 +210,7 @@ def load(image: ImageLike, plan: ImagePlan) -> Image.Image:
         return _to_rgb(image, name="image in memory")
     with _open(image) as opened:
         plan.check_size(opened.height, opened.width, name=image.name)
-        _check_trailer(image, opened.format)
+        _check_trailer(opened, image)
         orientation = _orientation(opened)
         try:
             opened.load()
@@ -253,7 +253,7 @@ def _open(ref: ImageRef) -> Image.Image:
     except UnidentifiedImageError as error:
         raise _not_an_image(ref) from error
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError) as e:
-        _check_trailer(ref, _sniffed(ref))
+        _check_unopened(ref)
         raise ImageError(
             f"the file cannot be opened as an image: {e}",
             reason="image_unreadable",
@@ -278,16 +278,15 @@ def _not_an_image(ref: ImageRef) -> ImageError:
     return ImageError(what, reason=reason, where=ref.name, fix="replace the file")
 
 
-def _sniffed(ref: ImageRef) -> str | None:
-    # Pillow hands a WebP file over whole, so one that is cut off fails before its format is known.
-    if not ref.path.is_file():
-        return None
+def _check_unopened(ref: ImageRef) -> None:
+    # Pillow reads a WebP file whole, so one that is cut off fails before its format is known.
     try:
         with ref.path.open("rb") as file:
             head = file.read(12)
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                _check_end(file, "WEBP", ref)
     except OSError:
-        return None
-    return "WEBP" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else None
+        return  # the caller says that it cannot be opened
 
 
 def _check_frames(opened: Image.Image, ref: ImageRef) -> None:
@@ -313,21 +312,29 @@ def _orientation(opened: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _check_trailer(ref: ImageRef, format: str | None) -> None:
-    """Finds a file that was cut off, without decoding: its end is not there."""
-    if format not in ("JPEG", "MPO", "PNG", "WEBP"):
+def _check_trailer(opened: Image.Image, ref: ImageRef) -> None:
+    # Looks through the handle that Pillow holds already, and leaves it where it was.
+    file = getattr(opened, "fp", None)  # Pillow's own attribute; gone once a file is read whole
+    if file is None or opened.format not in _END_MARKS:
         return
-    size = ref.path.stat().st_size
-    with Path(ref.path).open("rb") as file:
-        if format == "WEBP":
-            whole = size >= int.from_bytes(file.read(8)[4:8], "little") + 8
-        else:
-            mark = b"IEND" if format == "PNG" else b"\xff\xd9"
-            file.seek(-min(16, size), os.SEEK_END)
+    before = file.tell()
+    _check_end(file, opened.format, ref)
+    file.seek(before)
+
+
+def _check_end(file: IO[bytes], format: str, ref: ImageRef) -> None:
+    """Finds a file that was cut off, without decoding: its end is not there."""
+    size = file.seek(0, os.SEEK_END)
+    if format == "WEBP":
+        file.seek(4)
+        whole = size >= int.from_bytes(file.read(4), "little") + 8
+    else:
+        mark = _END_MARKS[format]
+        file.seek(-min(16, size), os.SEEK_END)
+        whole = mark in file.read()
+        if not whole:  # some writers append bytes behind the end
+            file.seek(-min(_TAIL_BYTES, size), os.SEEK_END)
             whole = mark in file.read()
-            if not whole:  # some writers append bytes behind the end
-                file.seek(-min(_TAIL_BYTES, size), os.SEEK_END)
-                whole = mark in file.read()
     if not whole:
         raise ImageError(
             f"the file is cut off: its {size} bytes hold no end of image",
