@@ -22,7 +22,7 @@ from vistune.quickstart import scenes, shapes
 from vistune.quickstart.scenes import Drawing, Scene
 from vistune.quickstart.shapes import ShapeImage, Turn
 
-MAX_TURNS = 6
+MAX_TURNS = 3
 _IMAGE = "<image>\n"
 _STAGE1, _STAGE2, _HELDOUT = "stage1.json", "stage2.json", "heldout.jsonl"
 _CARD, _IMAGES = "card.json", "images"
@@ -266,11 +266,11 @@ def _stage2(
     rows: list[Row] = []
     for image in _take(train, plan.stage2_shapes, rng):
         name = folder.add_file(image.path, f"shapes/train-{image.number:05d}.png", split="train")
-        turns = shapes.conversation(image, rng, num_turns=MAX_TURNS)
+        turns = shapes.conversation(image, rng)[:MAX_TURNS]
         rows.append(conversation_row(f"s2-shape-{image.number:05d}", name, turns))
     for index, scene in enumerate(_training_scenes(seen, plan, rng)):
         name = folder.add(scene.image, f"scenes/s2-{index:05d}.png", split="train")
-        turns = rng.sample(scene.turns, min(MAX_TURNS, len(scene.turns)))
+        turns = shapes.one_per_topic(scene.turns, rng)[:MAX_TURNS]
         rows.append(conversation_row(f"s2-scene-{index:05d}", name, turns))
     for index, (question, answer) in enumerate(_TEXT_ROWS * plan.text_repeats):
         turn = Turn(question=question, answer=answer, type="text", language="en")

@@ -158,6 +158,7 @@ def pair(left: Drawing, right: Drawing, rng: random.Random) -> Scene:
                 answer=drawing.english,
                 type="position",
                 language="en",
+                topic=side,
             )
         )
         turns.append(
@@ -166,6 +167,7 @@ def pair(left: Drawing, right: Drawing, rng: random.Random) -> Scene:
                 answer=drawing.chinese,
                 type="position",
                 language="zh",
+                topic=side,
             )
         )
     english = f"{_article(left.english)} on the left and {_article(right.english).lower()}"

@@ -47,12 +47,14 @@ class Turn:
         answer: The short answer to learn or to be scored against.
         type: What kind of question it is, for scores by type.
         language: "en" or "zh".
+        topic: What it asks about, the same in both languages; "" where that is the type.
     """
 
     question: str
     answer: str
     type: str
     language: str
+    topic: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,26 +214,31 @@ def chinese_turns(image: ShapeImage, rng: random.Random) -> list[Turn]:
     ]
 
 
-def conversation(image: ShapeImage, rng: random.Random, *, num_turns: int) -> list[Turn]:
-    """Several questions about one image, in random order, so that all share its image tokens.
+def conversation(image: ShapeImage, rng: random.Random) -> list[Turn]:
+    """Several questions about one image, so that all share its image tokens.
 
     Yes and no are drawn equally often, the published questions being seven to one "no".
-
-    Args:
-        image: The image.
-        rng: Source of the choices.
-        num_turns: Upper limit of turns.
     """
-    published = published_turns(image)
-    opened = [turn for turn in published if turn.type != "yes-no"]
     wanted = rng.choice(["yes", "no"])
-    closed = [turn for turn in published if turn.type == "yes-no" and turn.answer == wanted]
-    rng.shuffle(opened)
-    rng.shuffle(closed)
-    chosen = opened[:2] + closed[:1] + rng.sample(chinese_turns(image, rng), 2)
-    chosen.append(caption_turn(image, chinese=rng.random() < 0.5))
+    published = [t for t in published_turns(image) if t.type != "yes-no" or t.answer == wanted]
+    described = [caption_turn(image, chinese=chinese) for chinese in (False, True)]
+    return one_per_topic([*published, *chinese_turns(image, rng), *described], rng)
+
+
+def one_per_topic(turns: Iterable[Turn], rng: random.Random) -> list[Turn]:
+    """One turn of each topic, in a random language and order.
+
+    A second question on the same topic could be answered from the first answer, without looking.
+    """
+    by_topic: dict[str, list[Turn]] = defaultdict(list)
+    for turn in turns:
+        by_topic[turn.topic or turn.type].append(turn)
+    chosen = []
+    for group in by_topic.values():
+        language = rng.choice(sorted({turn.language for turn in group}))
+        chosen.append(rng.choice([turn for turn in group if turn.language == language]))
     rng.shuffle(chosen)
-    return chosen[:num_turns]
+    return chosen
 
 
 def held_out(
