@@ -101,7 +101,7 @@ class Job:
         device: Where to compute.
         model: The model, its weights in place, on the device.
         groups: Its trained parameters.
-        vocabulary_size: Width of the logits.
+        vocabulary_size: Width of the logits, about: it sizes the chunks they are made in.
         sources: Names of the data sources.
         data: The rows.
         data_fingerprint: Digest of which rows there are; another one is not resumed with.
@@ -236,7 +236,7 @@ class _Steps:
 
     def _loop(self, module: nn.Module, hooks: list[Hook], stop: StopRequest) -> None:
         job, progress = self.job, self.progress
-        steps = job.data.steps(progress.data_step)
+        steps = self._rows()
         self.clock = Clock()
         while progress.step < self.total_steps and stop.signal_name is None:
             waiting_s = time.perf_counter()
@@ -261,6 +261,20 @@ class _Steps:
                 job.strategy.step(lr_factor=factor)
             self._count(sums)
             self._after_step(sums, factor, hooks)
+
+    def _rows(self) -> Iterator[list[Batch]]:
+        """Yields the rows of each step; starting the workers leaves the random state alone.
+
+        torch's DataLoader draws a seed for its workers from the generator that dropout uses, and
+        does so once per process: a resumed run would draw once more than an uninterrupted one.
+        """
+        device = self.job.device.torch_device
+        steps = self.job.data.steps(self.progress.data_step)
+        state = random_state(device)
+        first = next(steps)
+        set_random_state(state, device)
+        yield first
+        yield from steps
 
     def _after_step(self, sums: StepSums, factor: float, hooks: list[Hook]) -> None:
         step = self.progress.step

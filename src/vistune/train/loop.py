@@ -239,6 +239,8 @@ def _job(
 ) -> Job:
     fingerprints = fingerprint_parts(blueprint.parts)
     encoder_state = blueprint.encoder.to_state()
+    # Read now: the checkpoint gone on from may be rotated away while the run goes on.
+    lineage = _lineage(blueprint, opened)
 
     def manifest(step: int) -> Manifest:
         return Manifest(
@@ -248,7 +250,7 @@ def _job(
             part_fingerprints=fingerprints,
             tune=recipe.tune.model_dump(mode="json"),
             seed=recipe.seed,
-            merged_from=_lineage(recipe, blueprint, opened),
+            merged_from=lineage,
             encoder=encoder_state,
             step=step,
             recipe=recipe.model_dump(mode="json"),
@@ -263,7 +265,7 @@ def _job(
         device=device,
         model=built.model,
         groups=built.tuning.groups(recipe.train),
-        vocabulary_size=int(built.model.config.text_config.vocab_size),
+        vocabulary_size=len(blueprint.encoder.tokenizer),
         sources=tuple(dict.fromkeys(data.report.sources)),
         data=data,
         data_fingerprint=_digest(data.report),
@@ -283,7 +285,7 @@ def _digest(report: CheckReport) -> str:
     return digest.hexdigest()
 
 
-def _lineage(recipe: Recipe, blueprint: Blueprint, opened: OpenRun) -> tuple[str, ...]:
+def _lineage(blueprint: Blueprint, opened: OpenRun) -> tuple[str, ...]:
     """Returns the checkpoints whose weights this run contains, oldest first."""
     if opened.checkpoint is not None:
         return read_manifest(opened.checkpoint).merged_from
