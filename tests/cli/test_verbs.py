@@ -102,6 +102,16 @@ def test_check_counts_tokens(desk: Desk, capsys: pytest.CaptureFixture[str]) -> 
     assert "0 of 12 rows unusable" in capsys.readouterr().out
 
 
+def test_preview_marks_what_is_learnt(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("data", "preview", str(desk.recipe), "-n", "2") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("‹image 1: 4 tokens›") == 2
+    assert "⟦red" in printed.replace(" red", "red")
+    page = desk.root / "preview.html"
+    assert call("data", "preview", str(desk.recipe), "--html", str(page)) == 0
+    assert page.read_text(encoding="utf-8").count("<section>") == 3
+
+
 def test_eval_with_controls_and_baseline(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     output = desk.root / "scores"
     arguments = ["eval", str(desk.run), str(desk.task), "--output", str(output)]

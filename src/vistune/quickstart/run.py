@@ -158,6 +158,7 @@ def run_quickstart(
     for name, recipe in zip(_STEPS[1:3], recipes, strict=True):
         with steps.step(name):
             if not _train(recipe, state, name, console):
+                console.print("the quick start goes on with the same command")
                 return QuickstartResult(model, report, None, is_complete=False)
     with steps.step("export"):
         _export(recipes[1], model, state, console)
