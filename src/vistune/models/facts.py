@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vistune.errors import MissingExtraError, ModelError
 from vistune.models.towers.families import TWO_TOWER_TYPES, TowerPlan, plan_tower, tower_grid
 from vistune.models.weights import hub_error, part_path, quiet_transformers
 from vistune.recipe import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from vistune.types import ImageDefaults, VisionGrid
+
+if TYPE_CHECKING:
+    from vistune.models.families import LanguageFamily
 
 IMAGE_TOKEN = "<image>"
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -145,6 +148,10 @@ def read_text_config(config: LanguageModelConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     key = "model.language_model.path"
+    family = language_family(config)
+    if family is not None:
+        folder = Path(config.path).expanduser()
+        return family.transformers_config(read_json(folder / "config.json"))
     arguments: dict[str, Any] = {}
     if config.revision is not None:
         arguments["revision"] = config.revision
@@ -169,6 +176,25 @@ def read_text_config(config: LanguageModelConfig) -> Any:
             else f"set {key}",
         )
     return found
+
+
+def language_family(config: LanguageModelConfig) -> LanguageFamily | None:
+    """Returns the family of a language model that transformers has no class for, else None.
+
+    Args:
+        config: Where the model is; only a local directory is looked into.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    folder = Path(config.path).expanduser()
+    file = folder / "config.json"
+    if config.gguf_file is not None or not file.is_file():
+        return None
+    if read_json(file).get("model_type") in CONFIG_MAPPING_NAMES:
+        return None
+    from vistune.models.families import LANGUAGE_FAMILIES, detect
+
+    return detect(folder, LANGUAGE_FAMILIES)
 
 
 def read_tokenizer(config: LanguageModelConfig) -> tuple[Any, int]:

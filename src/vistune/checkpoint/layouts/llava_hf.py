@@ -17,7 +17,6 @@ from vistune.checkpoint.layouts.names import CONNECTOR, LANGUAGE, VISION, fill_m
 from vistune.errors import ModelError
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts, load_tokenizer, read_image_defaults
-from vistune.models.families.files import read_tensors
 from vistune.models.language.decoder import check_config, check_model
 from vistune.models.towers.families import FAMILIES, plan_tower, tower_grid
 
@@ -104,6 +103,8 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
     Raises:
         WeightsError: A weight is missing, left over or of another shape.
     """
+    from vistune.models.families.files import read_tensors
+
     check_config(facts.text_config, where=str(folder))
     config = ComposedConfig.compose(
         vision_config=facts.vision_config,

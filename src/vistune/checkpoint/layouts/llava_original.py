@@ -25,7 +25,6 @@ from vistune.models.facts import (
     read_json,
     read_vision_config,
 )
-from vistune.models.families.files import read_tensors
 from vistune.models.language.decoder import check_config, check_model
 from vistune.models.towers.families import plan_tower, tower_grid
 from vistune.models.towers.load import load_tower
@@ -123,6 +122,8 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
     Raises:
         WeightsError: A weight is missing, left over or of another shape.
     """
+    from vistune.models.families.files import read_tensors
+
     values = read_json(folder / "config.json")
     check_config(facts.text_config, where=str(folder))
     config = ComposedConfig.compose(

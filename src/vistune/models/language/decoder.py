@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vistune import _compat
 from vistune.errors import ModelError
 from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.facts import language_family
 from vistune.models.weights import LoadReport, load_strictly
 from vistune.recipe import LanguageModelConfig
 
@@ -55,6 +57,12 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     check_config(text_config, where=config.path)
+    family = language_family(config)
+    if family is not None:
+        model: Any = family.load(Path(config.path).expanduser(), dtype)
+        model.config._attn_implementation = register_packed_attention()
+        check_model(model, where=config.path)
+        return model.eval(), LoadReport(config.path, 0)
     arguments: dict[str, Any] = {"attn_implementation": register_packed_attention()}
     if config.gguf_file is not None:
         arguments["gguf_file"] = config.gguf_file
