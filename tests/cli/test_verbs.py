@@ -224,3 +224,21 @@ def test_quickstart_makes_everything_once(desk: Desk, tmp_path: Path) -> None:
     assert again.summary == first.summary
     assert start(overwrite=True).is_complete
     assert [path.stat().st_mtime_ns for path in checkpoints] != written
+
+
+def test_doctor_knows_the_versions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import metadata
+
+    assert call("doctor") == 0
+    rows = {
+        line.split("\t")[1]: line for line in capsys.readouterr().out.splitlines() if "\t" in line
+    }
+    assert rows["torch"].startswith("ok")
+    assert metadata.version("transformers") in rows["transformers"]
+    assert {"device", "threads", "disk here", "npm"} <= set(rows)
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: "4.0" if n == "transformers" else real(n))
+    assert call("doctor") == 1
+    assert "problem\ttransformers\t4.0, outside" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from vistune._version import __version__
-from vistune.cli import chat, data, evaluate, export, quickstart, recipe, train
+from vistune.cli import chat, data, doctor, evaluate, export, quickstart, recipe, train
 from vistune.errors import VistuneError
 
 DEBUG_VARIABLE = "VISTUNE_DEBUG"
@@ -33,6 +33,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
+app.command("doctor")(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
