@@ -42,16 +42,19 @@ class Ready:
     num_samples: int = 512
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Steps there are."""
         return len(self.rows)
 
     def samples_per_epoch(self, epoch: int = 0) -> int:
+        """Samples there are."""
         return self.num_samples
 
     def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yields the rows of each step."""
         yield from self.rows[start_step:]
 
     def close(self) -> None:
-        pass
+        """There are no workers to end."""
 
 
 def bare(model: Any, groups: Any, steps: list[list[Batch]]) -> list[float]:

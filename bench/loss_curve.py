@@ -9,6 +9,7 @@ on the machine does not count. Split steps run in one process, since only their 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ def relative_error(losses: list[float], reference: list[float]) -> float:
 def step_s(result: dict[str, Any]) -> float:
     """Median CPU seconds between the starts of two steps; the first two warm up."""
     marks = result["marks"][2:-1]
-    gaps = sorted(b - a for a, b in zip(marks, marks[1:], strict=False))
+    gaps = sorted(b - a for a, b in itertools.pairwise(marks))
     return gaps[len(gaps) // 2] if gaps else float("nan")
 
 

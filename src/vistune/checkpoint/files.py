@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -137,6 +139,29 @@ def verify(folder: Path) -> Seal:
                     expected=f"sha256 {expected.sha256}",
                 )
     return seal
+
+
+@contextmanager
+def write_errors_explained(where: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into an error that says what to do.
+
+    Args:
+        where: What is being written.
+
+    Raises:
+        CheckpointError: The disk is full or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        existing = next((p for p in (where, *where.parents) if p.exists()), Path("/"))
+        free_gib = shutil.disk_usage(existing).free / (1 << 30)
+        raise CheckpointError(
+            f"cannot write: {error.strerror or error}",
+            where=str(error.filename or where),
+            got=f"{free_gib:.3f} GiB free on this disk",
+            fix="make room or give permission, then go on with --resume",
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from vistune.checkpoint.files import sync
+from vistune.checkpoint.files import sync, write_errors_explained
 from vistune.checkpoint.manifest import Manifest
 from vistune.checkpoint.save import CheckpointContent, save_checkpoint
 from vistune.device import Device
@@ -179,8 +179,9 @@ class _Steps:
         hooks = self.job.hooks(self.total_steps)
         try:
             with StopRequest() as stop:
-                for hook in hooks:
-                    hook.on_start(self.progress.step)
+                with write_errors_explained(self.directory.path):
+                    for hook in hooks:
+                        hook.on_start(self.progress.step)
                 started_s = time.perf_counter()
                 self._loop(module, hooks, stop)
                 self._save()
@@ -240,7 +241,13 @@ class _Steps:
         self.clock = Clock()
         while progress.step < self.total_steps and stop.signal_name is None:
             waiting_s = time.perf_counter()
-            rows = next(steps)
+            try:
+                rows = next(steps)
+            except DataError:
+                # Ctrl-C reaches the workers too: they may be gone before this process asks them.
+                if stop.signal_name is not None:
+                    return
+                raise
             self.clock.wait_s += time.perf_counter() - waiting_s
             progress.data_step += 1
             self._count_rejected(rows)
@@ -281,11 +288,13 @@ class _Steps:
         last = step == self.total_steps
         if step % self.recipe.log.every_steps == 0 or last:
             record = self._record(sums, factor)
-            for hook in hooks:
-                hook.on_record(record)
+            with write_errors_explained(self.directory.path):
+                for hook in hooks:
+                    hook.on_record(record)
         aside_s = time.perf_counter()
-        for hook in hooks:
-            hook.on_step(step, last=last)
+        with write_errors_explained(self.directory.path):
+            for hook in hooks:
+                hook.on_step(step, last=last)
         every = self.recipe.save.every_steps
         if every is not None and step % every == 0:
             self._save()
@@ -440,6 +449,6 @@ def _nonfinite(sums: StepSums, sample_ids: list[str], *, step: int, skipped: int
 
 def append_json(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Appends entries to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
+    with write_errors_explained(path), path.open("a", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

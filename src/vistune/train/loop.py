@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from vistune._version import __version__
-from vistune.checkpoint.files import INHERITED_NAME
+from vistune.checkpoint.files import INHERITED_NAME, write_errors_explained
 from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
 from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest, read_manifest
@@ -73,12 +73,13 @@ def train(
     recipe = resolved.recipe
     device = _device(recipe, console)
     with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
-        opened.directory.record_start(
-            resolved,
-            versions=versions(),
-            device=device.name,
-            resumed_from=opened.progress.step,
-        )
+        with write_errors_explained(opened.directory.path):
+            opened.directory.record_start(
+                resolved,
+                versions=versions(),
+                device=device.name,
+                resumed_from=opened.progress.step,
+            )
         seed_everything(recipe.seed)
         _import_engines()
         with collector_paused():
@@ -147,10 +148,11 @@ def _data(
         workers=recipe.data.workers,
     )
     directory = opened.directory
-    directory.check_report.write_text(
-        json.dumps(report.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
-    report.write_quarantine(directory.quarantine)
+    with write_errors_explained(directory.path):
+        directory.check_report.write_text(
+            json.dumps(report.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+        report.write_quarantine(directory.quarantine)
     append_json(directory.quarantine, opened.progress.rejected)
     data = TrainData(
         recipe.data,

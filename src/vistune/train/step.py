@@ -87,7 +87,8 @@ class LossModule(nn.Module):
             zero = model.logits(hidden_BTD[0, :1]).float().sum() * 0.0
             return zero, zero.new_zeros(self.num_sources)
         nll_M = target_nll(
-            hidden_BTD[0, row.target_index_M],
+            # Not indexing: its backward pass would sort the positions, which are already unique.
+            hidden_BTD[0].index_select(0, row.target_index_M),
             row.target_ids_M,
             model.logits,
             chunk_targets=self.chunk_targets,
