@@ -250,7 +250,7 @@ def _stage1(
         rows.append(_caption_row(f"s1-shape-{image.number:05d}", name, caption, language=language))
     for index in range(plan.stage1_drawings):
         drawing = seen[index % len(seen)]
-        scene = scenes.single(drawing, seen, rng)
+        scene = scenes.single(drawing, rng)
         name = folder.add(scene.image, f"scenes/s1-{index:05d}.png", split="train")
         language = rng.choice(["en", "zh"])
         caption = scenes.captions(drawing)[language == "zh"]
@@ -283,7 +283,7 @@ def _training_scenes(
     seen: Sequence[Drawing], plan: DatasetPlan, rng: random.Random
 ) -> Iterable[Scene]:
     for index in range(plan.stage2_singles):
-        yield scenes.single(seen[index % len(seen)], seen, rng)
+        yield scenes.single(seen[index % len(seen)], rng)
     for left, right in _pairs(seen, plan.stage2_pairs, rng, held_out=False):
         yield scenes.pair(left, right, rng)
     for index in range(plan.stage2_several):
@@ -352,7 +352,7 @@ def _heldout_scenes(
     """New renderings: names of seen drawings, unseen pairs, counts, kinds of unseen drawings."""
     shown = rng.sample(list(seen), len(seen))
     for index in range(num):
-        yield scenes.single(shown[index % len(shown)], seen, rng), {"name"}
+        yield scenes.single(shown[index % len(shown)], rng), {"name"}
     for left, right in _pairs(seen, num, rng, held_out=True):
         yield scenes.pair(left, right, rng), {"position"}
     for index in range(num):
@@ -360,7 +360,7 @@ def _heldout_scenes(
     by_kind = [[d for d in unseen if d.kind == kind] for kind in scenes.KIND_NAMES]
     for index in range(num):
         group = by_kind[index % len(by_kind)]
-        yield scenes.single(group[index // len(by_kind) % len(group)], unseen, rng), {"kind"}
+        yield scenes.single(group[index // len(by_kind) % len(group)], rng), {"kind"}
 
 
 def _question_row(row_id: str, image: str, turn: Turn) -> Row:

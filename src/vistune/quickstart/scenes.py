@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from vistune.errors import DataError
-from vistune.quickstart.shapes import YES_NO_NAMES, Turn
+from vistune.quickstart.shapes import Turn
 
 CANVAS_PX = 128
 KIND_NAMES = {"animal": "动物", "food": "食物", "vehicle": "交通工具"}
@@ -122,23 +121,14 @@ def read_drawings(
     return drawings
 
 
-def single(drawing: Drawing, others: Sequence[Drawing], rng: random.Random) -> Scene:
-    """One drawing, large, anywhere.
-
-    Args:
-        drawing: What is shown.
-        others: What yes-no questions may ask for instead.
-        rng: Source of the choices.
-    """
+def single(drawing: Drawing, rng: random.Random) -> Scene:
+    """One drawing, large, anywhere."""
     canvas = _background(rng)
     size = rng.randint(64, 108)
     _paste(canvas, drawing, rng, size_px=size, centre=_inside(rng, size, 0, CANVAS_PX))
-    turns = []
+    turns: list[Turn] = []
     for language in ("en", "zh"):
         turns += [naming_turn(drawing, language, rng), kind_turn(drawing, language)]
-        present = rng.random() < 0.5
-        asked = drawing if present else rng.choice([d for d in others if d is not drawing])
-        turns.append(_presence_turn(asked, language, present=present))
     return Scene(image=canvas, turns=tuple(turns))
 
 
@@ -232,15 +222,6 @@ def kind_turn(drawing: Drawing, language: str) -> Turn:
 def captions(drawing: Drawing) -> tuple[str, str]:
     """The English and the Chinese caption of a single drawing."""
     return f"{_article(drawing.english)}.", f"一个{drawing.chinese}。"
-
-
-def _presence_turn(asked: Drawing, language: str, *, present: bool) -> Turn:
-    answer = "yes" if present else "no"
-    if language == "zh":
-        question = f"图中是{asked.chinese}吗？"
-        return Turn(question=question, answer=YES_NO_NAMES[answer], type="yes-no", language="zh")
-    question = f"Is there {_article(asked.english).lower()} in the image?"
-    return Turn(question=question, answer=answer, type="yes-no", language="en")
 
 
 def _article(name: str) -> str:

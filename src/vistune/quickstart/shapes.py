@@ -30,7 +30,6 @@ COLOUR_NAMES = {
     "yellow": "黄色",
 }
 SHAPE_NAMES = {"circle": "圆形", "rectangle": "矩形", "triangle": "三角形"}
-YES_NO_NAMES = {"yes": "是", "no": "不是"}
 
 _SHAPE_QUESTIONS_ZH = ("图中是什么形状？", "图片里有什么形状？")
 _COLOUR_QUESTIONS_ZH = ("图中的形状是什么颜色？", "图片里的图形是什么颜色？")
@@ -160,38 +159,22 @@ def caption_turn(image: ShapeImage, *, chinese: bool) -> Turn:
 
 
 def published_turns(image: ShapeImage) -> list[Turn]:
-    """The published questions of an image, typed; negated yes-no questions are left out.
+    """The published open questions of an image: its shape and its colour.
 
-    Negated questions ("is there not a ...?") are four in ten of the published set, nearly always
-    answered "yes", and test English grammar more than sight.
+    The yes-no questions, eight in ten of the published set, are left out: guessing answers two
+    thirds of them, so they tell little about sight.
     """
     turns = []
     for question, answer in image.questions:
-        if answer in SHAPE_NAMES:
-            kind = "shape"
-        elif answer in COLOUR_NAMES:
-            kind = "colour"
-        elif is_negated(question):
-            continue
-        else:
-            kind = "yes-no"
-        turns.append(
-            Turn(
-                question=f"{question[0].upper()}{question[1:]}",
-                answer=answer,
-                type=kind,
-                language="en",
-            )
-        )
+        if answer in SHAPE_NAMES or answer in COLOUR_NAMES:
+            kind = "shape" if answer in SHAPE_NAMES else "colour"
+            asked = f"{question[0].upper()}{question[1:]}"
+            turns.append(Turn(question=asked, answer=answer, type=kind, language="en"))
     return turns
 
 
 def chinese_turns(image: ShapeImage, rng: random.Random) -> list[Turn]:
-    """The shape and the colour question in Chinese, and one balanced yes-no question."""
-    present = rng.random() < 0.5
-    colour = image.colour
-    if not present:
-        colour = rng.choice([name for name in COLOUR_NAMES if name != image.colour])
+    """The shape and the colour question in Chinese."""
     return [
         Turn(
             question=rng.choice(_SHAPE_QUESTIONS_ZH),
@@ -205,24 +188,13 @@ def chinese_turns(image: ShapeImage, rng: random.Random) -> list[Turn]:
             type="colour",
             language="zh",
         ),
-        Turn(
-            question=f"图中的形状是{COLOUR_NAMES[colour]}的吗？",
-            answer=YES_NO_NAMES["yes" if present else "no"],
-            type="yes-no",
-            language="zh",
-        ),
     ]
 
 
 def conversation(image: ShapeImage, rng: random.Random) -> list[Turn]:
-    """Several questions about one image, so that all share its image tokens.
-
-    Yes and no are drawn equally often, the published questions being seven to one "no".
-    """
-    wanted = rng.choice(["yes", "no"])
-    published = [t for t in published_turns(image) if t.type != "yes-no" or t.answer == wanted]
+    """Several questions about one image, so that all share its image tokens."""
     described = [caption_turn(image, chinese=chinese) for chinese in (False, True)]
-    return one_per_topic([*published, *chinese_turns(image, rng), *described], rng)
+    return one_per_topic([*published_turns(image), *chinese_turns(image, rng), *described], rng)
 
 
 def one_per_topic(turns: Iterable[Turn], rng: random.Random) -> list[Turn]:
@@ -249,8 +221,8 @@ def held_out(
     Args:
         images: Images of the published test split, none of them seen in training.
         rng: Source of the choices.
-        num_per_type: Questions per type and language; English shape, colour and yes-no
-            questions are the published ones, Chinese ones are rendered from the same labels.
+        num_per_type: Questions per type and language; the English questions are the published
+            ones, the Chinese ones are rendered from the same labels.
 
     Returns:
         (image, turn) pairs; no image is asked twice for the same type and language.
@@ -263,7 +235,7 @@ def held_out(
             rng.shuffle(turns)
             for turn in {(turn.type, turn.answer): turn for turn in turns}.values():
                 by_answer[turn.type, turn.answer].append((image, turn))
-        for kind in ("shape", "colour", "yes-no"):
+        for kind in ("shape", "colour"):
             groups = [rows for (name, _), rows in sorted(by_answer.items()) if name == kind]
             chosen.extend(_balanced(groups, rng, num=num_per_type))
     return chosen
