@@ -10,6 +10,8 @@ from pathlib import Path
 
 from vistune.assembly import Assembled, load_assembled
 from vistune.checkpoint.load import resolve_checkpoint
+from vistune.checkpoint.manifest import read_manifest
+from vistune.data.encode import Encoder
 from vistune.device import Device, select_device, versions
 from vistune.evaluate.runner import Answer, EvaluationPlan, System
 from vistune.evaluate.tasks import Question
@@ -95,7 +97,13 @@ class ModelAnswerer:
 
 
 def model_system(
-    name: str, path: Path, settings: GenerationSettings, *, label: str, blind: bool = True
+    name: str,
+    path: Path,
+    settings: GenerationSettings,
+    *,
+    label: str,
+    blind: bool = True,
+    prompts_of: Path | None = None,
 ) -> System:
     """Returns a system that loads a model when it is first needed.
 
@@ -105,18 +113,27 @@ def model_system(
         settings: How answers are made.
         label: What tables call it.
         blind: Ask it without images too.
+        prompts_of: A model whose template and image plan are used instead of its own, so that
+            both are asked in the same words; the tokenizers must be one.
 
     Raises:
         CheckpointError: There is no model at `path`.
     """
     folder = resolve_checkpoint(path)
+    asked_like = None if prompts_of is None else resolve_checkpoint(prompts_of)
 
     def load() -> ModelAnswerer:
         device = select_device(settings.device, settings.dtype)
         assembled = load_assembled(folder, dtype=device.dtype, device=device.torch_device)
+        if asked_like is not None:
+            state = read_manifest(asked_like).encoder
+            assembled.encoder = Encoder.from_state(state, assembled.encoder.tokenizer)
         return ModelAnswerer(assembled, device, settings)
 
-    return System(name, label, _identity(folder), load, blind)
+    identity = _identity(folder)
+    if asked_like is not None:
+        identity += f", asked like {_identity(asked_like)}"
+    return System(name, label, identity, load, blind)
 
 
 def _identity(folder: Path) -> str:

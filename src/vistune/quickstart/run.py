@@ -172,6 +172,7 @@ def run_quickstart(
                 settings,
                 label="after stage 1",
                 blind=False,
+                prompts_of=model,
             ),
         ]
         with progress() as on_progress:
