@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vistune.data.check import check_sources
-from vistune.errors import DataError
+from vistune.data.formats import FORMATS, open_source
+from vistune.errors import DataError, RowError
 from vistune.recipe import SourceConfig
 
 TEXTS = st.one_of(
@@ -112,6 +113,62 @@ def test_every_row_is_loaded_or_rejected(
     if limit == 500 and template != "plain":
         assert 0 in report.accepted[0]  # the known good row in front
     assert (report.lengths <= limit).all()
+
+
+KEYS = [
+    "conversations",
+    "messages",
+    "conversation",
+    "from",
+    "value",
+    "role",
+    "content",
+    "input",
+    "output",
+    "system",
+    "tools",
+    "loss",
+    "instruction",
+    "history",
+    "images",
+    "image",
+    "img",
+    "prompt",
+    "label",
+    "text",
+    "type",
+    "image_url",
+    "url",
+    "id",
+    "need_eos_token",
+]
+VALUES = st.recursive(
+    ANY | NAMES | ROLES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+        | st.tuples(inner, inner).map(list)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("format", sorted({*FORMATS} - {"coco_captions", "cogvlm_sft"}))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(row=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=5))
+def test_every_format_reads_or_refuses_a_row(
+    tmp_path: Path, format: Any, row: dict[str, Any]
+) -> None:
+    (tmp_path / "f.jsonl").write_bytes(json.dumps(row).encode())
+    reader = open_source(SourceConfig(path=str(tmp_path / "f.jsonl"), format=format))
+    try:
+        sample = reader.read(0)
+    except RowError as error:
+        assert error.reason
+        return
+    make_encoder()._tokenise(sample.turns, [(8, 8)] * len(sample.images))
 
 
 @settings(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vistune.types import Batch, EncodedSample, Rejected
+from vistune.types import Batch, EncodedSample, Rejected, Tail
 
 
 def pack_row(
@@ -53,4 +53,25 @@ def pack_row(
         num_image_tokens=sum(sample.num_image_tokens for sample in samples),
         rejected=tuple(rejected),
         read_s=read_s,
+    )
+
+
+def tail_of(row: Batch) -> Tail:
+    """Returns where the last layer of a row is read; see `types.Tail`.
+
+    Args:
+        row: A row in CPU memory with at least one target.
+    """
+    edges = row.cu_seqlens.numpy().astype(np.int64)
+    targets, owner = row.target_index_M.numpy(), row.target_sample_M.numpy()
+    first = edges[1:].copy()
+    np.minimum.at(first, owner, targets)
+    lengths = edges[1:] - first
+    runs = np.concatenate([[0], np.cumsum(lengths)])
+    index = np.arange(runs[-1]) - np.repeat(runs[:-1], lengths) + np.repeat(first, lengths)
+    return Tail(
+        index_U=torch.from_numpy(index),
+        cu_seqlens=torch.from_numpy(runs.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        target_index_M=torch.from_numpy(targets - first[owner] + runs[:-1][owner]),
     )

@@ -181,8 +181,22 @@ class SourceConfig(Section):
 
     name: str | None = None
     """Name in metrics and messages; the file's stem when left out."""
-    format: Literal["llava"] = "llava"
-    """How the file is written. `llava`: JSON list or JSONL of rows with `conversations`."""
+    format: Literal[
+        "llava",
+        "sharegpt",
+        "messages",
+        "xtuner",
+        "alpaca",
+        "visualglm",
+        "data_juicer",
+        "coco_captions",
+        "cogvlm_sft",
+    ] = "llava"
+    """How the file is written. JSON lists or JSONL: `llava` (`conversations` of `from` and `value`,
+    `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats), `xtuner`
+    (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
+    `visualglm` (`img`, `prompt`, `label`), `data_juicer` (`text`, `images`). One object:
+    `coco_captions`. A folder of labels: `cogvlm_sft`."""
     path: str
     """The dataset file, relative to the working directory."""
     images: str | None = None

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
+from vistune.data.formats import (
+    alpaca,
+    data_juicer,
+    llava,
+    messages,
+    sharegpt,
+    visualglm,
+    xtuner,
+)
 from vistune.data.formats.base import RowReader, RowReaderFactory
-from vistune.data.formats.llava import LlavaReader
+from vistune.data.formats.coco_captions import CocoCaptionsReader
+from vistune.data.formats.cogvlm_sft import CogvlmSftReader
+from vistune.data.formats.json_rows import JsonRowReader
 from vistune.recipe import SourceConfig
 from vistune.registry import Registry
 
@@ -12,7 +25,17 @@ __all__ = ["FORMATS", "RowReader", "RowReaderFactory", "open_source"]
 FORMATS: Registry[RowReaderFactory] = Registry("data format")
 """Readers by the name a recipe gives them in `data.train[].format`."""
 
-FORMATS.register("llava")(LlavaReader)
+FORMATS.register("llava")(functools.partial(JsonRowReader, interpret=llava.interpret))
+FORMATS.register("sharegpt")(functools.partial(JsonRowReader, interpret=sharegpt.interpret))
+FORMATS.register("messages")(functools.partial(JsonRowReader, interpret=messages.interpret))
+FORMATS.register("xtuner")(functools.partial(JsonRowReader, interpret=xtuner.interpret))
+FORMATS.register("alpaca")(functools.partial(JsonRowReader, interpret=alpaca.interpret))
+FORMATS.register("visualglm")(functools.partial(JsonRowReader, interpret=visualglm.interpret))
+FORMATS.register("data_juicer")(
+    functools.partial(JsonRowReader, interpret=data_juicer.interpret, absolute_images=True)
+)
+FORMATS.register("coco_captions")(CocoCaptionsReader)
+FORMATS.register("cogvlm_sft")(CogvlmSftReader)
 
 
 def open_source(config: SourceConfig) -> RowReader:

@@ -56,8 +56,12 @@ class ImageFolder:
         self._root = os.path.realpath(folder)
         self._inside: dict[str, str] = {"": self._root}
 
-    def ref(self, name: str) -> ImageRef:
+    def ref(self, name: str, *, absolute: bool = False) -> ImageRef:
         """Returns the image of a name; nothing of it is read.
+
+        Args:
+            name: The name, relative to the folder.
+            absolute: It may be absolute, if it lies inside the folder.
 
         Raises:
             RowError: The name leads out of the folder.
@@ -67,6 +71,9 @@ class ImageFolder:
                 raise _bad_name(name, "is no file name")
         except UnicodeEncodeError as error:
             raise _bad_name(name, "is no file name") from error
+        given = name
+        if absolute and name.startswith(self._root + os.sep):
+            name = name[len(self._root) + 1 :]
         if os.path.isabs(name):  # noqa: PTH117 - per row: pathlib is ten times slower here
             raise _outside(name, "is absolute")
         head, tail = os.path.split(name)
@@ -78,7 +85,7 @@ class ImageFolder:
         path = f"{parent}{os.sep}{tail}"
         if os.path.islink(path) and not self._holds(os.path.realpath(path)):  # noqa: PTH114
             raise _outside(name, "is a link that leads out")
-        return ImageRef(path=Path(path), name=name)
+        return ImageRef(path=Path(path), name=given)
 
     def _prove(self, head: str, name: str) -> str:
         real = os.path.realpath(f"{self._root}{os.sep}{head}")

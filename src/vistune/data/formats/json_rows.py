@@ -1,0 +1,217 @@
+"""Formats that are one JSON object a row: what they share, so that each is only its own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vistune.data.formats.base import (
+    IMAGE_MARK,
+    conversation,
+    image_folder,
+    row_id,
+    source_name,
+)
+from vistune.data.formats.rows import index_rows
+from vistune.errors import RowError
+from vistune.recipe import SourceConfig
+from vistune.types import Sample, Speaker
+
+SPEAKERS: dict[str, Speaker] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""Who is meant by the role names found in the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowContent:
+    """A row as its format means it.
+
+    Args:
+        turns: Who says what; `<image>` stands where an image belongs.
+        images: Image names in the order in which they are referred to.
+        id: The row's own id, as it was found.
+    """
+
+    turns: list[tuple[Speaker, str]]
+    images: list[str]
+    id: object = None
+
+
+class JsonRowReader:
+    """Reads the rows of a JSON list or JSONL file by number.
+
+    Args:
+        config: The source.
+        interpret: What a parsed row means in this format; raises `RowError` with no place.
+        absolute_images: Image names may be absolute, if they lie inside the image folder.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        interpret: Callable[[dict[str, Any]], RowContent],
+        *,
+        absolute_images: bool = False,
+    ) -> None:
+        self.name = source_name(config)
+        self._stem = Path(config.path).stem
+        self._interpret = interpret
+        self._absolute_images = absolute_images
+        self._rows = index_rows(Path(config.path), max_rows=config.max_rows)
+        self._images = image_folder(config)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, row: int) -> str:
+        """Returns the place of a row for messages."""
+        return self._rows.where(row)
+
+    def read(self, row: int) -> Sample:
+        """Returns a row.
+
+        Raises:
+            RowError: It cannot be used.
+        """
+        content = self._rows.parse(row)
+        where = self._rows.where(row)
+        if not isinstance(content, dict):
+            raise RowError(
+                "the row is not a JSON object",
+                reason="not_an_object",
+                where=where,
+                got=type(content).__name__,
+                fix="drop the row",
+            )
+        id = row_id(content.get("id"), stem=self._stem, row=row)
+        try:
+            meant = self._interpret(content)
+            id = row_id(meant.id, stem=self._stem, row=row)
+            images = tuple(
+                self._images.ref(name, absolute=self._absolute_images) for name in meant.images
+            )
+            turns, notes = conversation(meant.turns, num_images=len(images))
+        except RowError as error:
+            raise error.at(f"{where} (id {id})") from error
+        return Sample(id=id, source=self.name, where=where, turns=turns, images=images, notes=notes)
+
+
+def image_names(value: Any, *, key: str = "image") -> list[str]:
+    """Returns the names under a row's image key: one, a list, or none (null, "", []).
+
+    Raises:
+        RowError: It is neither a name nor a list of names, or names a place on the network.
+    """
+    if value is None or value == "" or value == []:
+        return []
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise RowError(
+                f"`{key}` is neither a file name nor a list of file names",
+                reason="bad_image_name",
+                got=repr(name)[:80],
+                fix="name the image files",
+            )
+        if name.startswith(("http://", "https://", "data:")):
+            raise RowError(
+                f"`{key}` holds an address or the image itself, not the name of a file",
+                reason="image_is_url",
+                got=name[:80],
+                fix="save the image as a file and name it",
+            )
+    return list(names)
+
+
+def said_by(role: Any, *, turn: int) -> Speaker:
+    """Returns who a role name means.
+
+    Raises:
+        RowError: It is none of the known ones.
+    """
+    if not isinstance(role, str) or role not in SPEAKERS:
+        raise RowError(
+            f"turn {turn} is said by no known role",
+            reason="unknown_role",
+            got=repr(role)[:80],
+            expected=", ".join(SPEAKERS),
+            fix="rename the role, or drop the row",
+        )
+    return SPEAKERS[role]
+
+
+def turn_list(value: Any, *, key: str) -> list[Any]:
+    """Returns the list of turns under a row's key.
+
+    Raises:
+        RowError: There is no list.
+    """
+    if not isinstance(value, list):
+        raise RowError(
+            f"the row has no list `{key}`",
+            reason="no_conversation",
+            got=type(value).__name__,
+            fix="check data.train[].format",
+        )
+    return value
+
+
+def text_of(row: Any, key: str, *, turn: int | None = None, default: str | None = None) -> str:
+    """Returns the text under a key.
+
+    Args:
+        row: A row, or a turn of one.
+        key: The key.
+        turn: Number of the turn, for the message.
+        default: Taken where the key is absent or null.
+
+    Raises:
+        RowError: There is no text.
+    """
+    value = row.get(key) if isinstance(row, dict) else None
+    if value is None and default is not None and isinstance(row, dict):
+        return default
+    if not isinstance(value, str):
+        what = "the row" if turn is None else f"turn {turn}"
+        raise RowError(
+            f"{what} has no text `{key}`",
+            reason="bad_turn",
+            got=repr(value if isinstance(row, dict) else row)[:80],
+            fix=f"write a text under `{key}`, or check data.train[].format",
+        )
+    return value
+
+
+def image_first(text: str, *, number: int = 1) -> str:
+    """Returns a question with its images in front, as LLaVA writes it."""
+    return f"{IMAGE_MARK}\n" * number + text
+
+
+def refuse_key(row: dict[str, Any], key: str, *, unless: tuple[object, ...], why: str) -> None:
+    """Refuses a row whose key asks for something that is not done, instead of ignoring it.
+
+    Args:
+        row: The row, or a turn of one.
+        key: The key.
+        unless: Values that ask for nothing.
+        why: What the key asks for.
+
+    Raises:
+        RowError: The key holds another value.
+    """
+    value = row.get(key)
+    if value is None or value in unless:
+        return
+    raise RowError(
+        f"`{key}` asks for {why}, which is not supported",
+        reason="unsupported_key",
+        got=repr(value)[:80],
+        fix=f"take `{key}` out, or drop the row",
+    )
