@@ -13,13 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import packed_equals_single
 import plain_loop
 from loss_curve import relative_error
 from our_loop import recipe as bench_recipe
 from our_loop import run as bench_run
-from vistune.errors import CheckpointError, DataError
+from vistune.errors import CheckpointError, DataError, ModelError
 from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
 
@@ -68,8 +69,32 @@ def test_recomputed_activations_change_nothing(tiny, tmp_path):
     train(resolved(tiny, tmp_path / "a"), console=QUIET)
     train(resolved(tiny, tmp_path / "b", train={"checkpoint_layers": 3}), console=QUIET)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    with pytest.raises(Exception, match="4 layers"):
+    with pytest.raises(ModelError, match="4 layers"):
         train(resolved(tiny, tmp_path / "c", train={"checkpoint_layers": 5}), console=QUIET)
+
+
+def test_a_frozen_language_model_recomputes_too(tiny, tmp_path, monkeypatch):
+    """It is in evaluation mode, in which transformers alone would keep every activation."""
+    calls: list[bool] = []
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        calls.append(self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    for name, layers in (("a", 0), ("b", 3)):
+        stage = resolved(
+            tiny,
+            tmp_path / name,
+            tune={"connector": FULL},
+            train={"checkpoint_layers": layers, "steps": 2},
+        )
+        train(stage, console=QUIET)
+    # Two steps of one row through four layers; then three of the layers once more each.
+    assert len(calls) == 2 * 4 + 2 * (4 + 3)
+    assert not any(calls)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_workers_and_hooks_change_nothing(tiny, tmp_path):

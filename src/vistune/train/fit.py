@@ -109,6 +109,7 @@ class Job:
         inherited: Weights that did not train but differ from the parts.
         hooks: Made for the total number of steps.
         console: Where events are said.
+        reads_tail: The model computes its last layer only where it is read.
         strategy: How a step is spread over processes.
     """
 
@@ -124,6 +125,7 @@ class Job:
     manifest: Callable[[int], Manifest]
     hooks: Callable[[int], list[Hook]]
     console: Console
+    reads_tail: bool = False
     inherited: dict[str, torch.Tensor] = field(default_factory=dict)
     strategy: Strategy = field(default_factory=SingleProcess)
 
@@ -260,6 +262,7 @@ class _Steps:
                     device=job.device.torch_device,
                     autocast_dtype=self.autocast,
                     clip_norm=self.recipe.train.clip_norm,
+                    reads_tail=job.reads_tail,
                 )
                 if not self._is_usable(sums, rows):
                     job.strategy.step(lr_factor=None)

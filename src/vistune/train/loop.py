@@ -36,7 +36,7 @@ from vistune.train.hooks import (
     TensorBoardHook,
 )
 from vistune.train.hooks.samples import Answer
-from vistune.train.modes import set_training_mode
+from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.opening import OpenRun, open_run
 from vistune.train.report import print_data, print_result, print_tuning
 
@@ -200,6 +200,7 @@ def _model(
     model.to(device.torch_device)
     set_training_mode(model, recipe.tune, model.module_map)
     set_checkpoint_layers(model, recipe.train.checkpoint_layers)
+    let_layers_recompute(model)
     language = recipe.tune.language
     console.print(
         install_fused(
@@ -274,6 +275,7 @@ def _job(
         manifest=manifest,
         hooks=hooks,
         console=console,
+        reads_tail=built.model.fused is not None,
         inherited=built.inherited,
     )
 

@@ -38,3 +38,16 @@ def set_training_mode(model: nn.Module, tune: TuneConfig, module_map: RoleMap) -
     for path, role in paths:
         if path in named:
             named[path].train(modes[role] != "freeze")
+
+
+def let_layers_recompute(model: nn.Module) -> None:
+    """Marks layers that recompute their activations as training, whatever the mode of their role.
+
+    transformers recomputes only in layers whose own flag says training. In a frozen language model
+    it would silently keep every activation; what is inside the layer keeps the mode of its role.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True

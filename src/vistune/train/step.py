@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from vistune.data.collate import tail_of
 from vistune.parallel import Strategy
 from vistune.train.loss import LOGITS_PER_CHUNK, target_nll
-from vistune.types import Batch
+from vistune.types import Batch, Tail
 
 
 class TrainableModel(Protocol):
@@ -32,6 +33,19 @@ class TrainableModel(Protocol):
         pixel_values_NCYX: torch.Tensor | None,
     ) -> torch.Tensor:
         """Returns hidden states [1, T, D] after the final norm."""
+        ...
+
+    def target_states(
+        self,
+        *,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        pixel_values_NCYX: torch.Tensor | None,
+        tail: Tail,
+    ) -> torch.Tensor:
+        """Returns hidden states [M, D] at the targets; asked only where `tail` is given."""
         ...
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
@@ -62,36 +76,45 @@ class LossModule(nn.Module):
         self.chunk_targets = max(1, num_logits // vocabulary_size)
 
     def forward(
-        self, row: Batch, source_of_target_M: torch.Tensor | None
+        self, row: Batch, source_of_target_M: torch.Tensor | None, tail: Tail | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs one packed row.
 
         Args:
             row: The row, on the model's device.
             source_of_target_M: int64 source number of each target; None with a single source.
+            tail: Where the last layer is read, for a model that computes it only there.
 
         Returns:
             The summed negative log-likelihood of the row's targets (float32 scalar with graph),
             and the same per source (float32, without graph).
         """
         model: TrainableModel = self.model  # type: ignore[assignment]
-        hidden_BTD = model.hidden_states(
-            input_ids_BT=row.input_ids_BT,
-            position_ids_BT=row.position_ids_BT,
-            cu_seqlens=row.cu_seqlens,
-            max_seqlen=row.max_seqlen,
-            pixel_values_NCYX=row.pixel_values_NCYX,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids_BT": row.input_ids_BT,
+            "position_ids_BT": row.position_ids_BT,
+            "cu_seqlens": row.cu_seqlens,
+            "max_seqlen": row.max_seqlen,
+            "pixel_values_NCYX": row.pixel_values_NCYX,
+        }
+        if tail is not None:
+            hidden_MD = model.target_states(**inputs, tail=tail)
+            return self._loss(hidden_MD, row, source_of_target_M)
+        hidden_BTD = model.hidden_states(**inputs)
         if row.num_targets == 0:
             # Every trained weight must still get a (zero) gradient, or other processes would wait.
             zero = model.logits(hidden_BTD[0, :1]).float().sum() * 0.0
             return zero, zero.new_zeros(self.num_sources)
+        # Not indexing: its backward pass would sort the positions, which are already unique.
+        hidden_MD = hidden_BTD[0].index_select(0, row.target_index_M)
+        return self._loss(hidden_MD, row, source_of_target_M)
+
+    def _loss(
+        self, hidden_MD: torch.Tensor, row: Batch, source_of_target_M: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        model: TrainableModel = self.model  # type: ignore[assignment]
         nll_M = target_nll(
-            # Not indexing: its backward pass would sort the positions, which are already unique.
-            hidden_BTD[0].index_select(0, row.target_index_M),
-            row.target_ids_M,
-            model.logits,
-            chunk_targets=self.chunk_targets,
+            hidden_MD, row.target_ids_M, model.logits, chunk_targets=self.chunk_targets
         )
         loss_sum = nll_M.sum()
         if source_of_target_M is None:
@@ -151,6 +174,7 @@ def backward_step(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
     clip_norm: float | None,
+    reads_tail: bool = False,
 ) -> StepSums:
     """Runs forward and backward of all rows of one step and clips; weights are not changed.
 
@@ -162,6 +186,7 @@ def backward_step(
         device: Where to compute.
         autocast_dtype: Number format of the arithmetic, or None for the weights' own.
         clip_norm: Largest gradient norm, or None.
+        reads_tail: Tell the model where its last layer is read.
 
     Returns:
         The step's sums. The device is waited for once, at the end.
@@ -187,6 +212,7 @@ def backward_step(
 
     nll_per_source = torch.zeros(len(sources), dtype=torch.float32, device=device)
     for index, (row, numbers) in enumerate(zip(rows, source_of_target, strict=True)):
+        tail = tail_of(row).to(device) if reads_tail and row.num_targets else None
         row = row.to(device)
         if numbers is not None:
             numbers = numbers.to(device, non_blocking=True)
@@ -194,7 +220,7 @@ def backward_step(
             with torch.autocast(
                 device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
             ):
-                loss_sum, row_nll = module(row, numbers)
+                loss_sum, row_nll = module(row, numbers, tail)
             strategy.backward(loss_sum / num_targets)
         nll_per_source += row_nll
     norm = strategy.clip_grad_norm(clip_norm)
