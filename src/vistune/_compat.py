@@ -96,6 +96,8 @@ def varlen_attention(
     max_seqlen: int,
     scale: float | None,
     window: int | None,
+    cu_queries: Tensor | None = None,
+    max_queries: int | None = None,
 ) -> Tensor:
     """Causal attention within each sample of a packed row, by torch's flash kernel (CUDA, 16 bit).
 
@@ -110,9 +112,12 @@ def varlen_attention(
         max_seqlen: Tokens of the longest sample.
         scale: Factor on the scores.
         window: Positions a token sees, itself included; None for all before it.
+        cu_queries: int32 [S + 1], when there are queries for the last positions of each sample
+            only; they are aligned to the sample's end.
+        max_queries: Queries of the sample with most of them.
 
     Returns:
-        [T, H, D].
+        [T, H, D], one for each query.
     """
     attend, takes_groups = _varlen()
     groups = query_THD.shape[1] // key_THD.shape[1]
@@ -127,9 +132,9 @@ def varlen_attention(
         query_THD,
         key_THD,
         value_THD,
+        cu_seqlens if cu_queries is None else cu_queries,
         cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
+        max_seqlen if max_queries is None else max_queries,
         max_seqlen,
         scale=scale,
         window_size=(left, 0),

@@ -5,6 +5,7 @@ Shape suffixes used on tensors in models, loss and batches (the one legend):
     B batch (1 for a packed row)   T tokens     D model width    V vocabulary   H heads
     N images                       P patches    K image tokens   M target tokens
     S samples in a row             C channels   Y, X pixel rows and columns
+    U positions at which the last layer is read
 """
 
 from __future__ import annotations
@@ -160,6 +161,32 @@ class EncodedSample:
     target_mask: npt.NDArray[np.bool_]
     pixel_values: list[npt.NDArray[np.float32]] = field(default_factory=list)
     num_image_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Tail:
+    """Where the output of a row's last layer is read: from each sample's first target on.
+
+    Args:
+        index_U: int64 [U]; positions in T, for each sample a run that ends with the sample.
+        cu_seqlens: int32 [S + 1]; the runs' boundaries in U.
+        max_seqlen: Length of the longest run.
+        target_index_M: int64 [M]; positions in U whose next token is a target.
+    """
+
+    index_U: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    target_index_M: torch.Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Tail:
+        """Returns the same with its tensors on `device`."""
+        return Tail(
+            index_U=self.index_U.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            max_seqlen=self.max_seqlen,
+            target_index_M=self.target_index_M.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.errors import ModelError
+from vistune.types import Tail
 
 PACKED_ATTENTION = "vistune_packed"
 _QUERY_BLOCK_TOKENS = 512
@@ -161,6 +162,56 @@ def attend_packed(
     q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD))
     packing = packing_mask(cu_seqlens, max_seqlen)
     return _packed(q, k, v, packing, dropout=0.0, scale=None, window=window, softcap=None)[0]
+
+
+def attend_tail(
+    query_UHD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    *,
+    tail: Tail,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """Causal attention of the last positions of each sample of a packed row.
+
+    Args:
+        query_UHD: [U, H, D]; for each sample its last positions.
+        key_THD: [T, H_kv, D].
+        value_THD: [T, H_kv, D].
+        tail: Where the queries stand.
+        cu_seqlens: int32 [S + 1], boundaries of the keys.
+        max_seqlen: Tokens of the longest sample.
+
+    Returns:
+        [U, H, D].
+    """
+    if query_UHD.is_cuda and value_THD.dtype in _HALF:
+        return _compat.varlen_attention(
+            query_UHD.to(value_THD.dtype),
+            key_THD.to(value_THD.dtype),
+            value_THD,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            scale=None,
+            window=None,
+            cu_queries=tail.cu_seqlens,
+            max_queries=tail.max_seqlen,
+        )
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_UHD, key_THD, value_THD))
+    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    queries, keys = tail.cu_seqlens.diff().tolist(), cu_seqlens.diff().tolist()
+    parts = []
+    for q, k, v in zip(
+        torch.split(query, queries, dim=2),
+        torch.split(key, keys, dim=2),
+        torch.split(value, keys, dim=2),
+        strict=True,
+    ):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        seen = seen.tril(k.shape[2] - q.shape[2])
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def _packed(

@@ -37,7 +37,7 @@ from vistune.models.towers.families import (
     tower_width,
 )
 from vistune.models.towers.load import build_tower
-from vistune.types import VisionGrid
+from vistune.types import Tail, VisionGrid
 
 
 class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -262,13 +262,13 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # The image token may lie outside the embedding table, so it is never looked up.
         text_BTD: Tensor = self.get_input_embeddings()(input_ids_BT.masked_fill(is_image_BT, 0))
         if pixel_values_NCYX is None:
-            _check_count(is_image_BT, 0)
+            _image_places(is_image_BT, 0)
             idle = self._idle_vision(text_BTD)
             return text_BTD if idle is None else text_BTD + idle
-        features_NKD = self.image_features(pixel_values_NCYX)
-        _check_count(is_image_BT, features_NKD.shape[0] * features_NKD.shape[1])
-        features_NKD = features_NKD.to(text_BTD.dtype)
-        return text_BTD.masked_scatter(is_image_BT[..., None], features_NKD)
+        features_KD = self.image_features(pixel_values_NCYX).flatten(0, 1).to(text_BTD.dtype)
+        places_K = _image_places(is_image_BT, features_KD.shape[0])
+        embeds = text_BTD.flatten(0, 1).index_copy(0, places_K, features_KD)
+        return embeds.view_as(text_BTD)
 
     def _idle_vision(self, like: Tensor) -> Tensor | None:
         """Zero that depends on every trained vision and connector weight, when there are any.
@@ -315,6 +315,26 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         hidden = out.last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
+
+    def target_states(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values_NCYX: Tensor | None,
+        tail: Tail,
+    ) -> Tensor:
+        """As `hidden_states`, at the target positions only: [M, D]. Needs the fused layers."""
+        assert self.fused is not None
+        return self.fused.target_states(
+            self.embed(input_ids_BT, pixel_values_NCYX),
+            position_ids_BT,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            tail=tail,
+        )
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Applies the output head as the language model does: [M, D] -> [M, V]."""
@@ -387,19 +407,26 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return inputs
 
 
-def _check_count(is_image_BT: Tensor, num_features: int) -> None:
-    if is_image_BT.is_cuda:
-        # Reading the count would make the host wait for the device at every step.
+def _image_places(is_image_BT: Tensor, num_features: int) -> Tensor:
+    """Returns where image tokens stand in the flattened batch, in reading order: int64 [K].
+
+    Raises:
+        ModelError: They are not as many as image features. On CUDA the device stops instead:
+            reading the count would make the host wait for it at every step.
+    """
+    is_image_T = is_image_BT.flatten()
+    if is_image_T.is_cuda:
         _compat.assert_on_device(
-            is_image_BT.sum() == num_features, "image tokens and image features differ in number"
+            is_image_T.sum() == num_features, "image tokens and image features differ in number"
         )
-        return
-    if is_image_BT.device.type == "meta":
-        return
-    num_tokens = int(is_image_BT.sum())
-    if num_tokens != num_features:
+        # A stable sort puts the image tokens first, in order; `nonzero` would wait.
+        order_T = is_image_T.to(torch.uint8).sort(descending=True, stable=True).indices
+        return order_T[:num_features]
+    places_K = is_image_T.nonzero()[:, 0]
+    if is_image_T.device.type != "meta" and places_K.shape[0] != num_features:
         raise ModelError(
             "image tokens and image features differ in number",
-            got=f"{num_tokens} image tokens, {num_features} image features",
+            got=f"{places_K.shape[0]} image tokens, {num_features} image features",
             fix="give the model every image that its ids stand for, and no others",
         )
+    return places_K

@@ -1,12 +1,15 @@
 """The fused trunk computes what transformers' layers compute: values, gradients, adapters."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
+from vistune.data.collate import pack_row, tail_of
 from vistune.models.fused.trunk import NotFusable, fuse
+from vistune.types import EncodedSample
 
 SIZES = {
     "hidden_size": 64,
@@ -80,6 +83,41 @@ def test_values_and_gradients_equal_transformers(name, lora):
     reference, ours = run_both(model, trunk, x)
     assert len(ours) == (2 + 28 if lora else 2)
     for a, b in zip(reference, ours, strict=True):
+        # float32 with another order of sums
+        assert (a - b).norm() <= 2e-6 * a.norm()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_layer_at_the_targets_only_is_the_same_function(name, lora):
+    model = build(name, lora=lora)
+    trunk = fuse(model.model, device=torch.device("cpu"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    draw = torch.Generator().manual_seed(3)
+    samples = [
+        EncodedSample(
+            id=str(n),
+            source="s",
+            input_ids=np.arange(n),
+            target_mask=np.arange(n) >= (first if first is not None else n),
+        )
+        for n, first in [(7, 3), (5, None), (9, 8), (4, 1)]
+    ]
+    row = pack_row(samples)
+    tail = tail_of(row)
+    assert tail.index_U.tolist() == [2, 3, 4, 5, 6, 19, 20, 21, 22, 23, 24]
+    embeds = torch.randn(1, row.num_tokens, 64, generator=draw)
+    grad = torch.randn(row.num_targets, 64, generator=draw)
+    where = {"cu_seqlens": row.cu_seqlens, "max_seqlen": row.max_seqlen}
+    results = []
+    for only_targets in (False, True):
+        leaf = embeds.clone().requires_grad_()
+        if only_targets:
+            out = trunk.target_states(leaf, row.position_ids_BT, tail=tail, **where)
+        else:
+            out = trunk.hidden_states(leaf, row.position_ids_BT, **where)[0, row.target_index_M]
+        results.append((out, *torch.autograd.grad(out, [leaf, *trained], grad)))
+    for a, b in zip(*results, strict=True):
         # float32 with another order of sums
         assert (a - b).norm() <= 2e-6 * a.norm()
 

@@ -63,54 +63,49 @@ class FusedLayer:
 
 
 @dataclass
+class MlpSaved:
+    """What the backward pass of a layer's second half reads."""
+
+    h_TD: Tensor
+    rstd_T: Tensor
+    gate_up_TF: Tensor
+    lowrank: tuple[Tensor | None, Tensor | None]
+
+
+@dataclass
 class _Saved:
     x_TD: Tensor
-    rstd1_T: Tensor
+    rstd_T: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
     attended: Tensor
-    h_TD: Tensor
-    rstd2_T: Tensor
-    gate_up_TF: Tensor
-    lowrank: tuple[Tensor | None, ...]
+    lowrank: tuple[Tensor | None, Tensor | None]
+    mlp: MlpSaved
 
 
-def _forward(
-    layer: FusedLayer, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: Attention, ops: ModuleType
-) -> tuple[Tensor, _Saved]:
-    norm: dict[str, Any] = {"eps": layer.eps, "unit_offset": layer.unit_offset}
-    n1, rstd1 = ops.rms_norm(x_TD, layer.norm1_D, **norm, **_wants(layer.qkv))
-    qkv, low_qkv = layer.qkv.forward(n1, ops)
-    del n1
-    heads = qkv.view(qkv.shape[0], -1, layer.head_width)
-    turned = layer.num_heads + layer.num_kv_heads
-    ops.rotate_(heads, cos, sin, num_heads=turned, inverse=False)
-    sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
-    parts = torch.split(heads, sizes, dim=1)
-    q, k, v = (t.detach().requires_grad_() for t in parts)
-    with torch.enable_grad():
-        attended = attention(q, k, v)
-    flat = attended.detach().reshape(qkv.shape[0], -1)
-    h, low_out = layer.out.forward(Operand(flat), ops, residual_TO=x_TD)
-    n2, rstd2 = ops.rms_norm(h, layer.norm2_D, **norm, **_wants(layer.gate_up))
-    gate_up, low_gate_up = layer.gate_up.forward(n2, ops)
-    del n2
-    active = ops.glu(gate_up, activation=layer.activation, **_wants(layer.down))
-    y, low_down = layer.down.forward(active, ops, residual_TO=h)
-    lowrank = (low_qkv, low_out, low_gate_up, low_down)
-    return y, _Saved(x_TD, rstd1, q, k, v, attended, h, rstd2, gate_up, lowrank)
-
-
-def _wants(projection: Projection) -> dict[str, bool]:
+def wants(projection: Projection) -> dict[str, bool]:
     """Returns in which forms a projection reads its input."""
     return {"quantize": projection.is_fp8, "keep": projection.reads_plain}
 
 
-def _backward(
-    layer: FusedLayer, grad_TD: Tensor, cos: Tensor, sin: Tensor, saved: _Saved, ops: ModuleType
+def mlp_forward(layer: FusedLayer, h_TD: Tensor, ops: ModuleType) -> tuple[Tensor, MlpSaved]:
+    """Second half of a layer: h + MLP(norm(h))."""
+    n2, rstd = ops.rms_norm(
+        h_TD, layer.norm2_D, eps=layer.eps, unit_offset=layer.unit_offset, **wants(layer.gate_up)
+    )
+    gate_up, low_gate_up = layer.gate_up.forward(n2, ops)
+    del n2
+    active = ops.glu(gate_up, activation=layer.activation, **wants(layer.down))
+    y, low_down = layer.down.forward(active, ops, residual_TO=h_TD)
+    return y, MlpSaved(h_TD, rstd, gate_up, (low_gate_up, low_down))
+
+
+def mlp_backward(
+    layer: FusedLayer, grad_TD: Tensor, saved: MlpSaved, ops: ModuleType
 ) -> tuple[Tensor, list[Tensor]]:
-    low_qkv, low_out, low_gate_up, low_down = saved.lowrank
+    """Gradients of `mlp_forward`: of h, and of the adapters of gate_up and down."""
+    low_gate_up, low_down = saved.lowrank
     active = None
     if layer.down.adapters:
         active = ops.glu(saved.gate_up_TF, activation=layer.activation).plain
@@ -121,30 +116,16 @@ def _backward(
         column_scale_F=layer.gate_up.scale_O, keep=layer.gate_up.reads_plain,
     )  # fmt: skip
     del d_active
-    n2 = _normed(layer.gate_up, saved.h_TD, layer.norm2_D, layer, ops)
+    n2 = normed(layer.gate_up, saved.h_TD, layer.norm2_D, layer, ops)
     d_n2, g_gate_up = layer.gate_up.backward(d_gate_up, n2, low_gate_up, ops)
     del d_gate_up, n2
-    offset = layer.unit_offset
     d_h = ops.rms_norm_backward(
-        d_n2, saved.h_TD, saved.rstd2_T, layer.norm2_D, grad_TD, unit_offset=offset
+        d_n2, saved.h_TD, saved.rstd_T, layer.norm2_D, grad_TD, unit_offset=layer.unit_offset
     )
-    del d_n2
-    flat = saved.attended.detach().reshape(grad_TD.shape[0], -1)
-    d_attended, g_out = layer.out.backward(Operand(d_h), flat, low_out, ops)
-    d_q, d_k, d_v = torch.autograd.grad(
-        saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
-    )
-    d_qkv = Operand(ops.join_rotated(d_q, d_k, d_v, cos, sin).flatten(1))
-    del d_q, d_k, d_v
-    n1 = _normed(layer.qkv, saved.x_TD, layer.norm1_D, layer, ops)
-    d_n1, g_qkv = layer.qkv.backward(d_qkv, n1, low_qkv, ops)
-    d_x = ops.rms_norm_backward(
-        d_n1, saved.x_TD, saved.rstd1_T, layer.norm1_D, d_h, unit_offset=offset
-    )
-    return d_x, [*g_qkv, *g_out, *g_gate_up, *g_down]
+    return d_h, [*g_gate_up, *g_down]
 
 
-def _normed(
+def normed(
     reader: Projection, x_TD: Tensor, weight_D: Tensor, layer: FusedLayer, ops: ModuleType
 ) -> Tensor | None:
     """Computes a norm's output again, for the adapters that read it; None where there are none."""
@@ -153,6 +134,47 @@ def _normed(
     again, _ = ops.rms_norm(x_TD, weight_D, eps=layer.eps, unit_offset=layer.unit_offset)
     plain: Tensor = again.plain
     return plain
+
+
+def _forward(
+    layer: FusedLayer, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: Attention, ops: ModuleType
+) -> tuple[Tensor, _Saved]:
+    n1, rstd = ops.rms_norm(
+        x_TD, layer.norm1_D, eps=layer.eps, unit_offset=layer.unit_offset, **wants(layer.qkv)
+    )
+    qkv, low_qkv = layer.qkv.forward(n1, ops)
+    del n1
+    heads = qkv.view(qkv.shape[0], -1, layer.head_width)
+    turned = layer.num_heads + layer.num_kv_heads
+    ops.rotate_(heads, cos, sin, num_heads=turned, inverse=False)
+    sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
+    q, k, v = (t.detach().requires_grad_() for t in torch.split(heads, sizes, dim=1))
+    with torch.enable_grad():
+        attended = attention(q, k, v)
+    flat = attended.detach().reshape(qkv.shape[0], -1)
+    h, low_out = layer.out.forward(Operand(flat), ops, residual_TO=x_TD)
+    y, mlp = mlp_forward(layer, h, ops)
+    return y, _Saved(x_TD, rstd, q, k, v, attended, (low_qkv, low_out), mlp)
+
+
+def _backward(
+    layer: FusedLayer, grad_TD: Tensor, cos: Tensor, sin: Tensor, saved: _Saved, ops: ModuleType
+) -> tuple[Tensor, list[Tensor]]:
+    low_qkv, low_out = saved.lowrank
+    d_h, g_mlp = mlp_backward(layer, grad_TD, saved.mlp, ops)
+    flat = saved.attended.detach().reshape(grad_TD.shape[0], -1)
+    d_attended, g_out = layer.out.backward(Operand(d_h), flat, low_out, ops)
+    d_q, d_k, d_v = torch.autograd.grad(
+        saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
+    )
+    d_qkv = Operand(ops.join_rotated(d_q, d_k, d_v, cos, sin).flatten(1))
+    del d_q, d_k, d_v
+    n1 = normed(layer.qkv, saved.x_TD, layer.norm1_D, layer, ops)
+    d_n1, g_qkv = layer.qkv.backward(d_qkv, n1, low_qkv, ops)
+    d_x = ops.rms_norm_backward(
+        d_n1, saved.x_TD, saved.rstd_T, layer.norm1_D, d_h, unit_offset=layer.unit_offset
+    )
+    return d_x, [*g_qkv, *g_out, *g_mlp]
 
 
 class _LayerFunction(torch.autograd.Function):

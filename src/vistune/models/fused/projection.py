@@ -7,7 +7,7 @@ layouts the forward and the input-gradient product read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -67,6 +67,36 @@ class Projection:
         self.fp8_IO = self.fp8_OI.t().contiguous()
         self.ones_I = torch.ones(1, self.fp8_IO.shape[0], device=self.scale_O.device)
         self.weight_OI = None
+
+    def split(self, at: int) -> tuple[Projection, Projection]:
+        """Returns the map's first `at` outputs and the others as two maps over the same storage.
+
+        The transposed FP8 layout cannot be shared by rows of outputs, so that part is copied.
+        """
+        halves = []
+        for start, stop in ((0, at), (at, self.num_outputs)):
+            bias = None if self.bias_O is None else self.bias_O[start:stop]
+            adapters = tuple(
+                replace(a, start=a.start - start, stop=a.stop - start)
+                for a in self.adapters
+                if start <= a.start and a.stop <= stop
+            )
+            weight = None if self.weight_OI is None else self.weight_OI[start:stop]
+            half = Projection(weight, bias, adapters)
+            half.dtype, half.ones_I = self.dtype, self.ones_I
+            if self.fp8_OI is not None and self.fp8_IO is not None and self.scale_O is not None:
+                half.fp8_OI, half.scale_O = self.fp8_OI[start:stop], self.scale_O[start:stop]
+                half.fp8_IO = self.fp8_IO[:, start:stop].contiguous()
+            halves.append(half)
+        assert sum(len(half.adapters) for half in halves) == len(self.adapters)
+        return halves[0], halves[1]
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the result."""
+        held = self.fp8_OI if self.weight_OI is None else self.weight_OI
+        assert held is not None
+        return held.shape[0]
 
     @property
     def is_fp8(self) -> bool:

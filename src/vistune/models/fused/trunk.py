@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistune.models.attention import attend_packed
+from vistune.models.attention import attend_packed, attend_tail
 from vistune.models.fused import torch_ops
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
 from vistune.models.fused.projection import Adapter, Fp8Linear, Projection
+from vistune.models.fused.tail import TailLayer, run_tail
 from vistune.models.fused.torch_ops import Activation
+from vistune.types import Tail
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class FusedTrunk:
 
     Args:
         layers: In order.
+        tail: The last of them once more, for rows whose targets are known.
         rotary: The decoder's rotary table module.
         norm: The decoder's final norm.
         ops: `torch_ops` or `triton_ops`.
@@ -58,6 +61,7 @@ class FusedTrunk:
     """
 
     layers: list[FusedLayer]
+    tail: TailLayer
     rotary: nn.Module
     norm: nn.Module
     ops: ModuleType
@@ -67,18 +71,56 @@ class FusedTrunk:
         self, embeds_BTD: Tensor, position_ids_BT: Tensor, *, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """Runs all layers and the final norm over one packed row [1, T, D]."""
-        cos, sin = self.rotary(embeds_BTD, position_ids_BT)
+        x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
 
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend_packed(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
-        hidden_TD = self(embeds_BTD[0], cos[0], sin[0], attention=attention)
-        out: Tensor = self.norm(hidden_TD[None])
+        out: Tensor = self.norm(self(x_TD, cos, sin, attention=attention)[None])
         return out
 
-    def __call__(self, x_TD: Tensor, cos: Tensor, sin: Tensor, *, attention: Attention) -> Tensor:
-        """Runs the layers over a packed row [T, D]; the final norm is the caller's."""
-        for index, layer in enumerate(self.layers):
+    def target_states(
+        self,
+        embeds_BTD: Tensor,
+        position_ids_BT: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tail: Tail,
+    ) -> Tensor:
+        """As `hidden_states`, at the positions that predict a target only: [M, D]."""
+        x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend_packed(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+        def tail_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend_tail(
+                query, key, value, tail=tail, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
+
+        x_TD = self(x_TD, cos, sin, attention=attention, num_layers=len(self.layers) - 1)
+        hidden_UD = run_tail(
+            self.tail, x_TD, tail.index_U, cos, sin, attention=tail_attention, ops=self.ops
+        )
+        out: Tensor = self.norm(hidden_UD.index_select(0, tail.target_index_M))
+        return out
+
+    def _open(self, embeds_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = self.rotary(embeds_BTD, position_ids_BT)
+        return embeds_BTD[0], cos[0], sin[0]
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        attention: Attention,
+        num_layers: int | None = None,
+    ) -> Tensor:
+        """Runs (the first) layers over a packed row [T, D]; the final norm is the caller's."""
+        for index, layer in enumerate(self.layers[:num_layers]):
             recompute = index < self.num_recomputed and torch.is_grad_enabled()
             x_TD = run_layer(
                 layer, x_TD, cos, sin, attention=attention, ops=self.ops, recompute=recompute
@@ -114,10 +156,12 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     for module in modules:
         _check(module)
     layers = [_fuse_layer(module, decoder.config) for module in modules]
+    width = layers[-1].head_width
     if fp8:
         for module, layer in zip(modules, layers, strict=True):
             _to_fp8(module, layer, ops)
-    return FusedTrunk(layers, decoder.rotary_emb, decoder.norm, ops)  # type: ignore[arg-type]
+    tail = TailLayer(layers[-1], *layers[-1].qkv.split(layers[-1].num_heads * width))
+    return FusedTrunk(layers, tail, decoder.rotary_emb, decoder.norm, ops)  # type: ignore[arg-type]
 
 
 def _to_fp8(module: Any, layer: FusedLayer, ops: ModuleType) -> None:
