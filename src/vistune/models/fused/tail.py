@@ -1,0 +1,197 @@
+"""The last decoder layer, computed only where it is read.
+
+Above the last layer only hidden states that predict a target token are used, and most positions of
+a vision-language row are image tokens. So keys and values are made for every position, everything
+else from the first target of each sample on. It is the same function of the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vistune.models.fused.layer import (
+    FusedLayer,
+    MlpSaved,
+    mlp_backward,
+    mlp_forward,
+    normed,
+    wants,
+)
+from vistune.models.fused.projection import Projection
+from vistune.models.fused.torch_ops import Operand
+
+TailAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Differentiable attention of the last queries of each sample: q [U, Hq, w], k and v [T, Hk, w]."""
+
+
+@dataclass
+class TailLayer:
+    """A fused layer whose query projection stands apart from its key and value projection.
+
+    Args:
+        layer: The layer; its `qkv` is not used.
+        query: Query projection.
+        key_value: Merged key and value projection.
+    """
+
+    layer: FusedLayer
+    query: Projection
+    key_value: Projection
+
+    def projections(self) -> tuple[Projection, ...]:
+        """Returns the projections in the order their adapters are passed to autograd."""
+        layer = self.layer
+        return self.query, self.key_value, layer.out, layer.gate_up, layer.down
+
+    def adapter_parameters(self) -> list[Tensor]:
+        """Returns A and B of every adapter, in a fixed order."""
+        return [t for p in self.projections() for a in p.adapters for t in (a.down_RI, a.up_OR)]
+
+
+@dataclass
+class _Saved:
+    rstd_T: Tensor
+    rstd_U: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor
+    lowrank: tuple[Tensor | None, Tensor | None, Tensor | None]
+    mlp: MlpSaved
+
+
+def _norm(layer: FusedLayer, x: Tensor, reader: Projection, ops: ModuleType) -> Any:
+    return ops.rms_norm(
+        x, layer.norm1_D, eps=layer.eps, unit_offset=layer.unit_offset, **wants(reader)
+    )
+
+
+def _forward(
+    tail: TailLayer,
+    x_TD: Tensor,
+    index_U: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attention: TailAttention,
+    ops: ModuleType,
+) -> tuple[Tensor, _Saved]:
+    layer = tail.layer
+    n_T, rstd_T = _norm(layer, x_TD, tail.key_value, ops)
+    kv, low_kv = tail.key_value.forward(n_T, ops)
+    del n_T
+    x_UD = x_TD[index_U]
+    n_U, rstd_U = _norm(layer, x_UD, tail.query, ops)
+    q_flat, low_q = tail.query.forward(n_U, ops)
+    kv = kv.view(kv.shape[0], -1, layer.head_width)
+    q = q_flat.view(q_flat.shape[0], -1, layer.head_width)
+    ops.rotate_(kv, cos, sin, num_heads=layer.num_kv_heads, inverse=False)
+    ops.rotate_(q, cos[index_U], sin[index_U], num_heads=layer.num_heads, inverse=False)
+    k, v = torch.split(kv, [layer.num_kv_heads, layer.num_kv_heads], dim=1)
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    with torch.enable_grad():
+        attended = attention(q, k, v)
+    flat = attended.detach().reshape(q.shape[0], -1)
+    h_UD, low_out = layer.out.forward(Operand(flat), ops, residual_TO=x_UD)
+    y_UD, mlp = mlp_forward(layer, h_UD, ops)
+    return y_UD, _Saved(rstd_T, rstd_U, q, k, v, attended, (low_q, low_kv, low_out), mlp)
+
+
+def _backward(
+    tail: TailLayer,
+    grad_UD: Tensor,
+    x_TD: Tensor,
+    index_U: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    saved: _Saved,
+    ops: ModuleType,
+) -> tuple[Tensor, list[Tensor]]:
+    layer = tail.layer
+    low_q, low_kv, low_out = saved.lowrank
+    d_h, g_mlp = mlp_backward(layer, grad_UD, saved.mlp, ops)
+    flat = saved.attended.detach().reshape(grad_UD.shape[0], -1)
+    d_attended, g_out = layer.out.backward(Operand(d_h), flat, low_out, ops)
+    d_q, d_k, d_v = torch.autograd.grad(
+        saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
+    )
+    d_q, d_kv = d_q.contiguous(), torch.cat([d_k, d_v], dim=1)
+    ops.rotate_(d_q, cos[index_U], sin[index_U], num_heads=layer.num_heads, inverse=True)
+    ops.rotate_(d_kv, cos, sin, num_heads=layer.num_kv_heads, inverse=True)
+    x_UD = x_TD[index_U]
+    n_U = normed(tail.query, x_UD, layer.norm1_D, layer, ops)
+    d_n_U, g_q = tail.query.backward(Operand(d_q.flatten(1)), n_U, low_q, ops)
+    n_T = normed(tail.key_value, x_TD, layer.norm1_D, layer, ops)
+    d_n_T, g_kv = tail.key_value.backward(Operand(d_kv.flatten(1)), n_T, low_kv, ops)
+    offset = layer.unit_offset
+    d_x_UD = ops.rms_norm_backward(
+        d_n_U, x_UD, saved.rstd_U, layer.norm1_D, d_h, unit_offset=offset
+    )
+    residual_TD = torch.zeros_like(x_TD).index_copy_(0, index_U, d_x_UD)
+    d_x = ops.rms_norm_backward(
+        d_n_T, x_TD, saved.rstd_T, layer.norm1_D, residual_TD, unit_offset=offset
+    )
+    return d_x, [*g_q, *g_kv, *g_out, *g_mlp]
+
+
+class _TailFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tail: TailLayer,
+        attention: TailAttention,
+        ops: ModuleType,
+        x_TD: Tensor,
+        index_U: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *adapters: Tensor,
+    ) -> Tensor:
+        y_UD, ctx.saved = _forward(tail, x_TD, index_U, cos, sin, attention, ops)
+        ctx.tail, ctx.ops = tail, ops
+        ctx.save_for_backward(x_TD, index_U, cos, sin)
+        return y_UD
+
+    @staticmethod
+    def backward(ctx: Any, grad_UD: Tensor) -> tuple[Any, ...]:
+        saved, ctx.saved = ctx.saved, None
+        x_TD, index_U, cos, sin = ctx.saved_tensors
+        d_x, grads = _backward(
+            ctx.tail, grad_UD.contiguous(), x_TD, index_U, cos, sin, saved, ctx.ops
+        )
+        return (None, None, None, d_x, None, None, None, *grads)
+
+
+def run_tail(
+    tail: TailLayer,
+    x_TD: Tensor,
+    index_U: Tensor,
+    cos_TK: Tensor,
+    sin_TK: Tensor,
+    *,
+    attention: TailAttention,
+    ops: ModuleType,
+) -> Tensor:
+    """Runs the last layer for the positions `index_U` of a packed row.
+
+    Args:
+        tail: The layer.
+        x_TD: Its input at every position.
+        index_U: int64 [U]; for each sample a run of positions up to its end.
+        cos_TK: Rotary table at every position.
+        sin_TK: Rotary table at every position.
+        attention: Attention of those positions over every position of their sample up to them.
+        ops: `torch_ops` or `triton_ops`.
+
+    Returns:
+        [U, D].
+    """
+    out: Tensor = _TailFunction.apply(  # type: ignore[no-untyped-call]
+        tail, attention, ops, x_TD, index_U, cos_TK, sin_TK, *tail.adapter_parameters()
+    )
+    return out
