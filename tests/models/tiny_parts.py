@@ -201,10 +201,12 @@ class Row:
     def packed(self) -> dict[str, Any]:
         lengths = [len(ids) for ids in self.ids]
         images = [image for image in self.images if image is not None]
+        device = self.ids[0].device
+        edges = torch.tensor([0, *lengths], device=device).cumsum(0)
         return {
             "input_ids_BT": torch.cat(self.ids)[None],
-            "position_ids_BT": torch.cat([torch.arange(n) for n in lengths])[None],
-            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            "position_ids_BT": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+            "cu_seqlens": edges.to(torch.int32),
             "max_seqlen": max(lengths),
             "pixel_values_NCYX": torch.cat(images) if images else None,
         }

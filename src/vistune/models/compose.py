@@ -225,9 +225,18 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """
         height_px, width_px = pixel_values_NCYX.shape[-2:]
         first = next(self.vision_tower.parameters(), None)
-        if first is not None and not torch.is_autocast_enabled(pixel_values_NCYX.device.type):
+        kind = pixel_values_NCYX.device.type
+        trains = any(p.requires_grad for p in self.vision_tower.parameters())
+        # A frozen tower needs no fp32 sums for its gradients, and autocast would run every norm in
+        # fp32 and carry the wide residual on: the same features, a third more memory traffic.
+        autocast = torch.is_autocast_enabled(kind) and trains
+        if first is not None and not autocast:
             pixel_values_NCYX = pixel_values_NCYX.to(first.dtype)
-        features_NPD = tower_features(self.vision_tower, self.plan, pixel_values_NCYX)
+        with (
+            torch.autocast(kind, enabled=autocast),
+            torch.set_grad_enabled(trains and torch.is_grad_enabled()),
+        ):
+            features_NPD = tower_features(self.vision_tower, self.plan, pixel_values_NCYX)
         features_NPD = pixel_shuffle(
             features_NPD,
             factor=self.grid.downsample,
