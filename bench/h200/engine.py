@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,25 @@ def recipe(folder: Path, row: str, size: str, steps: int) -> dict[str, Any]:
     }
 
 
-def run_vistune(folder: Path, row: str, size: str, steps: int, overrides: list[str]) -> None:
+@contextmanager
+def profiled(on: bool) -> Iterator[None]:
+    """Prints where the device's time went, by kernel."""
+    if not on:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        yield
+    rows = [(e.device_time_total, e.count, e.key) for e in seen.key_averages()]
+    total_us = sum(time_us for time_us, _, _ in rows)
+    for time_us, count, key in sorted(rows, reverse=True)[:30]:
+        print(f"{time_us / total_us:6.1%} {time_us / 1e3:9.1f} ms {count:6d} x {key[:90]}")
+
+
+def run_vistune(
+    folder: Path, row: str, size: str, steps: int, overrides: list[str], *, profile: bool
+) -> None:
     """Runs one row by the public interface and prints its line."""
     import yaml
 
@@ -67,7 +87,8 @@ def run_vistune(folder: Path, row: str, size: str, steps: int, overrides: list[s
 
     file = folder / f"{row}.yaml"
     file.write_text(yaml.safe_dump(recipe(folder, row, size, steps)))
-    train(load_recipe(str(file), overrides), overwrite=True)
+    with profiled(profile):
+        train(load_recipe(str(file), overrides), overwrite=True)
     lines = (folder / "runs" / row / "metrics.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines][WARMUP_STEPS:]
     seconds = statistics.median(k["step_s"] for k in kept)
@@ -159,6 +180,9 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join((*BASELINES, *VISTUNE_ROWS)))
     parser.add_argument("--size", default="7b")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--profile", action="store_true", help="with --alone: device time by kernel"
+    )
     parser.add_argument("--alone", action="store_true", help="run the one row in this process")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="key=value")
     args = parser.parse_args()
@@ -173,7 +197,7 @@ def main() -> None:
         run_baseline(args.folder, rows[0], args.size, args.steps)
     else:
         steps = args.steps + WARMUP_STEPS
-        run_vistune(args.folder, rows[0], args.size, steps, args.overrides)
+        run_vistune(args.folder, rows[0], args.size, steps, args.overrides, profile=args.profile)
 
 
 if __name__ == "__main__":

@@ -227,8 +227,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         first = next(self.vision_tower.parameters(), None)
         kind = pixel_values_NCYX.device.type
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        # A frozen tower needs no fp32 sums for its gradients, and autocast would run every norm in
-        # fp32 and carry the wide residual on: the same features, a third more memory traffic.
+        # A frozen tower runs in its own format: autocast would compute every norm in fp32 and carry
+        # the wide residual on, which no gradient asks for.
         autocast = torch.is_autocast_enabled(kind) and trains
         if first is not None and not autocast:
             pixel_values_NCYX = pixel_values_NCYX.to(first.dtype)
