@@ -16,12 +16,19 @@ _SHOWN_NAMES = 12
 
 
 def linear_layers(model: ComposedVLM, role: RoleName) -> list[str]:
-    """Returns the full names of a role's linear layers, in order."""
+    """Returns the full names of a role's linear layers, in order.
+
+    A head tied to the input embeddings is left out: an adapter merged into it would change the
+    embeddings too.
+    """
     module_map = model.module_map
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module_map.role_of(name) == role
+        if isinstance(module, nn.Linear)
+        and id(module.weight) not in embeddings
+        and module_map.role_of(name) == role
     ]
 
 
