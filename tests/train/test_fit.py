@@ -16,6 +16,7 @@ from train_fakes import FakeData, resolved_recipe, run
 
 from vistune.checkpoint.load import list_checkpoints
 from vistune.errors import CheckpointError, DataError, NonFiniteError
+from vistune.train.fit import num_steps
 from vistune.types import Rejected
 
 
@@ -208,6 +209,14 @@ def test_directory_with_a_run_is_not_overwritten_silently(tmp_path):
     run(recipe, overwrite=True)
     assert len(losses(tmp_path / "r")) == 8
     assert (tmp_path / "r" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.0, 6), (2.0, 12), (0.5, 3), (0.1, 1), (1.5, 9), (2.6, 16)]
+)
+def test_epochs_become_steps(tmp_path, epochs, steps):
+    recipe = resolved_recipe(tmp_path, train={"epochs": epochs}).recipe
+    assert num_steps(recipe, FakeData()) == steps
 
 
 def test_nonfinite_stops_before_the_optimizer_step(tmp_path):

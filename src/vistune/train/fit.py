@@ -7,6 +7,7 @@ parameters and a source of packed rows. `loop.train` says where these come from.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,10 @@ def num_steps(recipe: Recipe, data: StepSource) -> int:
     whole = int(recipe.train.epochs)
     steps = sum(data.steps_per_epoch(epoch) for epoch in range(whole))
     rest = recipe.train.epochs - whole
-    return steps + (-int(-rest * data.steps_per_epoch(whole) // 1) if rest > 0 else 0)
+    if rest == 0:
+        return steps
+    # Rounded first: 0.1 of 30 steps is a hair above 3 in floating point and must not become 4.
+    return steps + math.ceil(round(rest * data.steps_per_epoch(whole), 6))
 
 
 class _Steps:
