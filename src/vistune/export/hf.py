@@ -2,6 +2,10 @@
 
 Only models whose function that class computes are written; for others the error names what does not
 fit. Weights get the names the hub uses, which serving engines expect.
+
+Transformers prepares images with torchvision where that is installed, whose resize gives slightly
+other pixels than the model was trained on, and no file can ask for Pillow: load the processor with
+`AutoProcessor.from_pretrained(folder, backend="pil")`.
 """
 
 from __future__ import annotations
