@@ -14,7 +14,7 @@ from data_helpers import CLIP_MEAN, CLIP_STD, FIXTURES, make_plan
 from PIL import Image
 
 from vistune.data.image import ImagePlan, load, pixels_of, probe
-from vistune.errors import ImageError
+from vistune.errors import DataError, ImageError
 from vistune.recipe import ImageConfig
 from vistune.types import ImageDefaults, ImageRef
 
@@ -80,6 +80,8 @@ def test_resolve_takes_the_towers_values_for_auto() -> None:
     plan = ImagePlan.resolve(ImageConfig(size_px=224, resample="bilinear"), defaults)
     assert (plan.size_px, plan.resample) == (224, "bilinear")
     assert plan.size_for(10, 20) == (224, 224)
+    with pytest.raises(DataError, match="max_pixels"):
+        ImagePlan.resolve(ImageConfig(max_pixels=10**10), defaults)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -77,17 +77,22 @@ def test_llama_2_holds_the_system_prompt_in_the_first_question() -> None:
 
 
 def test_every_template_is_listed_and_survives_a_checkpoint() -> None:
-    assert TEMPLATES.names() == sorted([*GOLDEN, "llama_2", "plain"])
+    cogvlm2 = {"cogvlm2_base", "cogvlm2_chat", "cogvlm2_vqa"}
+    assert set(TEMPLATES) == {*GOLDEN, *cogvlm2, "visualglm_zh", "visualglm_en", "llama_2", "plain"}
     for name in TEMPLATES:
         template = TEMPLATES.get(name)
         assert load_template(template.model_dump(mode="json")) == template
+    with pytest.raises(TemplateError, match="not known"):
+        load_template({"kind": "later"})
     with pytest.raises(RegistryError, match="vicuna_v1"):
         resolve_template("vicuna", llama_tokenizer())
 
 
 def test_generation_prompt_is_the_training_prompt_cut_before_the_answer() -> None:
     for name in TEMPLATES:
-        if name == "plain":
+        if name in ("plain", "cogvlm2_base"):  # one question, or none
+            continue
+        if name.startswith("visualglm"):  # its first learnt token stands in the prompt as well
             continue
         template = TEMPLATES.get(name)
         whole = show(template.segments(TURNS))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 from itertools import islice
@@ -167,6 +169,34 @@ def test_a_worker_that_dies_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data worker died"):
         next(data.steps())
     data.close()
+
+
+def test_close_ends_the_workers(tmp_path: Path) -> None:
+    data = train_data(dataset(tmp_path), workers=2)
+    steps = data.steps()
+    next(steps)
+    assert len(multiprocessing.active_children()) == 2
+    data.close()
+    assert not multiprocessing.active_children()
+    assert next(steps, None) is None
+
+
+def test_a_step_of_many_rows_needs_few_file_descriptors(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    batch = BatchConfig(max_tokens=300, samples=200, pack=False)
+    rows = [
+        {"image": f"{k % 4}.jpg", "conversations": talk("<image>\nWhat?", "That.")}
+        for k in range(400)
+    ]
+    make_images(tmp_path, 4)
+    data = train_data(write_rows(tmp_path, rows), batch=batch, workers=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limit[1]))
+    try:
+        held = list(islice(data.steps(), 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        data.close()
+    assert [len(step) for step in held] == [200] * 4
 
 
 def test_no_process_without_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

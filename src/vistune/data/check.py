@@ -47,6 +47,7 @@ class CheckReport:
         num_image_tokens: Image tokens of all usable rows.
         num_target_tokens: Target tokens of all usable rows.
         num_images: Images of all usable rows.
+        readers: The sources, still open, so that nobody has to find their rows again.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +59,7 @@ class CheckReport:
     num_image_tokens: int = 0
     num_target_tokens: int = 0
     num_images: int = 0
+    readers: tuple[RowReader, ...] = field(default=(), repr=False)
 
     @property
     def total_rows(self) -> int:
@@ -189,7 +191,6 @@ def check_sources(
     overlong: Overlong,
     deep: bool = False,
     workers: int = 0,
-    readers: Sequence[RowReader] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Checks every row.
@@ -201,13 +202,12 @@ def check_sources(
         overlong: What is done with longer ones.
         deep: Decode every image instead of trusting its header and its end.
         workers: Processes; 0 or few rows: in this one.
-        readers: The sources, already open.
         progress: Called with (rows done, rows in all) every few hundred rows.
 
     Raises:
         DataError: A source cannot be opened, or a worker process died.
     """
-    opened = tuple(readers) if readers is not None else tuple(open_source(s) for s in sources)
+    opened = tuple(open_source(source) for source in sources)
     job = _Job(opened, encoder, max_tokens, overlong, deep)
     chunks = [
         (source, first, min(first + _CHUNK_ROWS, len(reader)))
@@ -250,6 +250,7 @@ def _report(readers: Sequence[RowReader], found: Sequence[Sequence[_Found]]) -> 
         num_image_tokens=sum(part.num_image_tokens for part in flat),
         num_target_tokens=sum(part.num_target_tokens for part in flat),
         num_images=sum(part.num_images for part in flat),
+        readers=tuple(readers),
     )
 
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field
 
-from vistune.errors import ImageError
+from vistune.errors import DataError, ImageError
 from vistune.recipe import ImageConfig, Section
 from vistune.types import ImageDefaults, ImageRef
 
@@ -71,14 +71,25 @@ class ImagePlan(Section):
 
     @classmethod
     def resolve(cls, config: ImageConfig, defaults: ImageDefaults) -> ImagePlan:
-        """Returns the plan of a recipe, `auto` replaced by what the tower's own file says."""
+        """Returns the plan of a recipe, `auto` replaced by what the tower's own file says.
+
+        Raises:
+            DataError: `max_pixels` is more than Pillow opens.
+        """
+        if config.max_pixels > _PILLOW_LIMIT:
+            raise DataError(
+                "Pillow opens no image of that many pixels",
+                where="data.image.max_pixels",
+                got=config.max_pixels,
+                expected=f"at most {_PILLOW_LIMIT}",
+            )
         return cls(
             mode=config.mode,
             size_px=defaults.size_px if config.size_px == "auto" else config.size_px,
             mean=defaults.mean if config.mean == "auto" else config.mean,
             std=defaults.std if config.std == "auto" else config.std,
             resample=defaults.resample if config.resample == "auto" else config.resample,
-            max_pixels=min(config.max_pixels, _PILLOW_LIMIT),
+            max_pixels=config.max_pixels,
         )
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:

@@ -12,17 +12,20 @@ put in its place. Anything else that goes wrong in a worker stops the run with i
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vistune.data.check import CheckReport, check_sources
 from vistune.data.collate import pack_row
@@ -34,7 +37,11 @@ from vistune.errors import DataError, RowError
 from vistune.recipe import BatchConfig, DataConfig
 from vistune.types import Batch, EncodedSample, Rejected
 
-_PREFETCH_ROWS = 4
+_PREFETCH_ROWS = 256
+"""Most rows that all workers together hold ready."""
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_ROWS = 64
+"""Rows of one step that may stay in shared memory: each holds a file descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,42 @@ class _Failure:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A row on its way from a worker: pixels in shared memory, all that is small as bytes.
+
+    Every tensor in shared memory costs a file descriptor, and a step may hold hundreds of rows.
+    """
+
+    small: dict[str, npt.NDArray[Any]]
+    rest: Batch
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Sent:
+        tensors = batch.tensors()
+        pixels = tensors.pop("pixel_values_NCYX", None)
+        empty = torch.empty(0)
+        blank = dict.fromkeys(tensors, empty)
+        small = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(small, replace(batch, pixel_values_NCYX=pixels, **blank))  # type: ignore[arg-type]
+
+    def open(self, *, copy: bool = False) -> Batch:
+        small = {name: torch.from_numpy(array) for name, array in self.small.items()}
+        pixels = self.rest.pixel_values_NCYX
+        if copy and pixels is not None:
+            pixels = pixels.clone()
+        return replace(self.rest, pixel_values_NCYX=pixels, **small)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """Returns the row in page-locked memory (the loader's protocol)."""
+        return self.open().pin_memory()
+
+
+_Item: TypeAlias = Batch | _Sent | _Failure
+
+
 @dataclass
-class _Rows(Dataset["Batch | _Failure"]):
+class _Rows(Dataset[_Item]):
     """Makes one packed row from its dataset indices. Lives in the workers."""
 
     readers: tuple[RowReader, ...]
@@ -57,9 +98,10 @@ class _Rows(Dataset["Batch | _Failure"]):
     def __post_init__(self) -> None:
         self._edges = np.cumsum([0, *(rows.size for rows in self.accepted)])
 
-    def __getitem__(self, indices: tuple[int, ...]) -> Batch | _Failure:
+    def __getitem__(self, indices: tuple[int, ...]) -> _Item:
         try:
-            return self._row(indices)
+            row = self._row(indices)
+            return row if get_worker_info() is None else _Sent.of(row)
         except Exception:
             return _Failure(traceback.format_exc())
 
@@ -129,7 +171,6 @@ class TrainData:
         pin_memory: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        readers = tuple(open_source(source) for source in data.train)
         if report is None:
             report = check_sources(
                 data.train,
@@ -137,10 +178,10 @@ class TrainData:
                 max_tokens=batch.max_tokens,
                 overlong=data.overlong,
                 workers=data.workers,
-                readers=readers,
                 progress=progress,
             )
         require_usable(report, data)
+        readers = report.readers or tuple(open_source(source) for source in data.train)
         self.report = report
         self.encoder = encoder
         self._data, self._batch, self._seed = data, batch, seed
@@ -154,7 +195,8 @@ class TrainData:
                 fix="raise it",
             )
         self._plans: dict[int, list[StepPlan]] = {}
-        self._iterator: Iterator[Batch | _Failure] | None = None
+        self._iterator: Iterator[_Item] | None = None
+        self._generation = 0
 
     @property
     def num_samples(self) -> int:
@@ -184,6 +226,8 @@ class TrainData:
     def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yields all rows of one optimizer step of this rank at a time, without end.
 
+        A later call, or `close`, ends an earlier one.
+
         Args:
             start_step: Steps already done; their images are not read again.
 
@@ -191,17 +235,22 @@ class TrainData:
             DataError: A worker process died, or failed for another reason than a row.
         """
         self.close()
-        self._iterator = iterator = iter(self._loader(start_step))
+        mine = self._generation
+        self._iterator = iter(self._loader(start_step))
         for plan in self.plans(start_step):
-            yield [self._next(iterator) for _ in plan.rows]
+            if self._generation != mine:
+                return
+            yield [self._next(copy=len(plan.rows) > _SHARED_ROWS) for _ in plan.rows]
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the worker processes; an iterator that `steps` gave ends with them."""
+        self._generation += 1
         self._iterator = None
 
-    def _next(self, iterator: Iterator[Batch | _Failure]) -> Batch:
+    def _next(self, *, copy: bool) -> Batch:
+        assert self._iterator is not None
         try:
-            item = next(iterator)
+            item = next(self._iterator)
         except RuntimeError as error:
             raise DataError(
                 f"a data worker died: {error}",
@@ -210,15 +259,14 @@ class TrainData:
             ) from error
         if isinstance(item, _Failure):
             raise DataError(f"a data worker failed:\n{item.text}", fix="report this as a bug")
-        return item
+        return item.open(copy=copy) if isinstance(item, _Sent) else item
 
-    def _loader(self, start_step: int) -> DataLoader[Batch | _Failure]:
+    def _loader(self, start_step: int) -> DataLoader[_Item]:
         workers = self._data.workers
         extra: dict[str, Any] = {}
         if workers:
             extra = {
-                "prefetch_factor": _PREFETCH_ROWS,
-                "persistent_workers": True,
+                "prefetch_factor": self._prefetch_rows(workers),
                 "worker_init_fn": _start_worker,
                 "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
             }
@@ -230,6 +278,18 @@ class TrainData:
             pin_memory=self._pin_memory,
             **extra,
         )
+
+    def _prefetch_rows(self, workers: int) -> int:
+        """Rows every worker holds ready: together a step and a half, as memory allows."""
+        plan = self._plan(0)
+        rows = max(len(step.rows) for step in plan)
+        samples = max(sum(len(row) for row in step.rows) for step in plan)
+        images = samples * self.report.num_images / self.report.num_ok
+        row_bytes = 12 * self.encoder.image_plan.size_px**2 * images / rows  # float32, 3 channels
+        room = min(rows * 1.5, _PREFETCH_ROWS)
+        if row_bytes and _SHARED_MEMORY.is_dir():
+            room = min(room, shutil.disk_usage(_SHARED_MEMORY).free / 2 / row_bytes)
+        return max(2, math.ceil(room / workers))
 
     def _plan(self, epoch: int) -> list[StepPlan]:
         if epoch not in self._plans:

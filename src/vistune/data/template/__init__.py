@@ -5,20 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from vistune.data.template.base import ChatTemplate, Segment
+from vistune.data.template.glm import GlmTemplate
 from vistune.data.template.jinja import JinjaTemplate, template_of
 from vistune.data.template.pieces import PieceTemplate
+from vistune.data.template.question import QuestionTemplate
 from vistune.data.template.table import TEMPLATES
+from vistune.errors import TemplateError
 
 __all__ = [
     "TEMPLATES",
     "ChatTemplate",
+    "GlmTemplate",
     "JinjaTemplate",
     "PieceTemplate",
+    "QuestionTemplate",
     "Segment",
     "load_template",
     "resolve_template",
     "template_of",
 ]
+
+_KINDS: dict[str, type[ChatTemplate]] = {
+    "pieces": PieceTemplate,
+    "jinja": JinjaTemplate,
+    "question": QuestionTemplate,
+    "glm": GlmTemplate,
+}
 
 
 def resolve_template(name: str, tokenizer: Any) -> ChatTemplate:
@@ -38,6 +50,17 @@ def resolve_template(name: str, tokenizer: Any) -> ChatTemplate:
 
 
 def load_template(state: dict[str, Any]) -> ChatTemplate:
-    """Returns the template that `ChatTemplate.model_dump` wrote into a checkpoint."""
-    kinds: dict[str, type[ChatTemplate]] = {"pieces": PieceTemplate, "jinja": JinjaTemplate}
-    return kinds[state["kind"]].model_validate(state)
+    """Returns the template that `ChatTemplate.model_dump` wrote into a checkpoint.
+
+    Raises:
+        TemplateError: It is of no known kind.
+    """
+    kind = state.get("kind")
+    if kind not in _KINDS:
+        raise TemplateError(
+            "the template in the checkpoint is of a kind that is not known",
+            got=kind,
+            expected=", ".join(_KINDS),
+            fix="read the checkpoint with the version of vistune that wrote it, or a later one",
+        )
+    return _KINDS[kind].model_validate(state)

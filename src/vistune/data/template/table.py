@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from vistune.data.template.base import ChatTemplate
+from vistune.data.template.glm import visualglm_template
 from vistune.data.template.pieces import PieceTemplate
+from vistune.data.template.question import cogvlm2_template
 from vistune.registry import Registry
 
 _CURIOUS_USER = (
@@ -110,7 +113,7 @@ _GEMMA = PieceTemplate(
     markers=("<start_of_turn>", "<end_of_turn>", "<eos>"),
 )
 
-TEMPLATES: Registry[PieceTemplate] = Registry("chat template")
+TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
 """The named templates. `tokenizer` is no entry: it is read from the tokenizer at hand."""
 
 for _template in (
@@ -123,5 +126,10 @@ for _template in (
     _QWEN,
     _LLAMA3,
     _GEMMA,
+    cogvlm2_template("chat"),
+    cogvlm2_template("vqa"),
+    cogvlm2_template("base"),
+    visualglm_template("zh"),
+    visualglm_template("en"),
 ):
     TEMPLATES.register(_template.name)(_template)
