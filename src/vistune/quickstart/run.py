@@ -25,7 +25,7 @@ from vistune.errors import AssetError, CheckpointError
 from vistune.evaluate.answerer import GenerationSettings, model_system, plan_for
 from vistune.evaluate.runner import RESULTS_NAME, Progress, evaluate
 from vistune.evaluate.summary import Summary
-from vistune.evaluate.tasks import read_questions
+from vistune.evaluate.tasks import Question, read_questions
 from vistune.quickstart.assets import CATALOGUE
 from vistune.quickstart.prepare import EmbeddedDefault, prepare_embedded_default
 from vistune.quickstart.report import (
@@ -162,29 +162,10 @@ def run_quickstart(
                 return QuickstartResult(model, report, None, is_complete=False)
     with steps.step("export"):
         _export(recipes[1], model, state, console)
-    with steps.step("evaluate"):
-        settings = _ANSWERS
-        systems = [
-            model_system("model", model, settings, label="after stage 2"),
-            model_system(
-                "baseline",
-                RunDirectory.of(recipes[0]).path,
-                settings,
-                label="after stage 1",
-                blind=False,
-                prompts_of=model,
-            ),
-        ]
-        with progress() as on_progress:
-            summary = evaluate(
-                questions,
-                systems,
-                plan_for(parts.datasets.heldout, settings),
-                output=output / "evaluation",
-                on_progress=on_progress,
-            )
+    with steps.step("evaluate"), progress() as on_progress:
+        summary = _evaluate(output, parts, recipes[0], questions, on_progress)
         results = read_lines(output / "evaluation" / RESULTS_NAME)
-        _print_scores(console, summary, results)
+    _print_scores(console, summary, results)
     with steps.step("report"):
         data = _report_data(output, parts, recipes, summary, results, state)
         write_report(data, report)
@@ -296,6 +277,34 @@ def _export(recipe: ResolvedRecipe, model: Path, state: _State, console: Console
     console.print(f"adapters merged; one self-describing directory: {model}")
     state.done["export"] = key
     state.save()
+
+
+def _evaluate(
+    output: Path,
+    parts: EmbeddedDefault,
+    stage1: ResolvedRecipe,
+    questions: list[Question],
+    on_progress: Progress | None,
+) -> Summary:
+    """Scores the exported model, with and without images, next to what stage 1 left."""
+    model, before = output / "model", RunDirectory.of(stage1).path
+    return evaluate(
+        questions,
+        [
+            model_system("model", model, _ANSWERS, label="after stage 2"),
+            model_system(
+                "baseline",
+                before,
+                _ANSWERS,
+                label="after stage 1",
+                blind=False,
+                prompts_of=model,
+            ),
+        ],
+        plan_for(parts.datasets.heldout, _ANSWERS),
+        output=output / "evaluation",
+        on_progress=on_progress,
+    )
 
 
 def _print_scores(console: Console, summary: Summary, results: list[dict[str, Any]]) -> None:

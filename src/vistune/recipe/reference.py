@@ -127,7 +127,7 @@ def _default(field: FieldInfo) -> str | None:
         return None
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        mode = getattr(value, "mode", None) if field.discriminator else None
+        mode = value.model_dump().get("mode") if field.discriminator else None
         return f"{{mode: {mode}}}" if mode else "as below"
     if isinstance(value, tuple):
         return json.dumps(list(value), ensure_ascii=False)
