@@ -248,11 +248,12 @@ def test_template_of_a_tokenizer() -> None:
         chat_template: Any = CHATML
         special_tokens_map = {"eos_token": "</s>", "additional_special_tokens": ["<x>"]}
         added_tokens_decoder: dict[int, Any] = {}
-        all_special_tokens = ["</s>"]
+        all_special_tokens = ["</s>", "<|im_end|>", "<|im_start|>"]
         eos_token = "</s>"
 
     template = template_of(Stub())
-    assert (template.name, template.source, template.stop) == ("tokenizer", CHATML, ("</s>",))
+    assert (template.name, template.source) == ("tokenizer", CHATML)
+    assert template.stop == ("<|im_end|>", "</s>")  # what ends an answer, then the end of text
     assert not template.add_bos
     assert load_template(template.model_dump(mode="json")) == template
     Stub.chat_template = None

@@ -171,14 +171,25 @@ def template_of(tokenizer: Any) -> JinjaTemplate:
     }
     specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     specials.update(tokenizer.all_special_tokens)
-    stop = (tokenizer.eos_token,) if tokenizer.eos_token else ()
-    return JinjaTemplate(
+    template = JinjaTemplate(
         name="tokenizer",
         source=source,
         variables=variables,
         special_tokens=tuple(sorted(token for token in specials if token)),
-        stop=stop,
     )
+    stop = [*_ends(template), *([tokenizer.eos_token] if tokenizer.eos_token else [])]
+    return template.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
+
+
+def _ends(template: JinjaTemplate) -> list[str]:
+    # What ends an answer is often not the tokenizer's end of text (Llama-3: <|eot_id|>).
+    probe = (Turn("user", ("Hi",)), Turn("assistant", ("Hello",)))
+    try:
+        segments = template.segments(probe)
+    except RowError:
+        return []  # rows will be refused for the same reason, by name
+    said = "".join(segment.text for segment in segments if segment.is_target)
+    return [token for token in template.special_tokens if said.endswith(token)]
 
 
 def _is_answer(message: dict[str, str]) -> bool:
