@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
+    "assert_on_device",
+    "computed_buffers",
     "decoder_of",
     "embedding_scale",
     "register_attention",
@@ -61,6 +63,19 @@ def embedding_scale(embedding: nn.Module) -> float:
     5.23). Models that multiply inside their forward pass scale image embeddings by themselves.
     """
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Returns the floating-point buffers that are computed and not saved: (module, name, buffer).
+
+    Relies on `nn.Module._non_persistent_buffers_set` (torch 2.11 to 2.13).
+    """
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
 
 
 def set_recompute(layer: nn.Module, *, on: bool) -> bool:

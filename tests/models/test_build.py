@@ -128,6 +128,18 @@ def test_dtype_and_seed(shelf: Path) -> None:
     assert not torch.equal(states[0]["0.weight"], states[2]["0.weight"])
 
 
+def test_casting_equals_loading_in_that_format(shelf: Path) -> None:
+    config = parts(shelf, text="gemma")
+    facts = describe(config)
+    loaded = build_model(config, facts, seed=0, dtype=torch.bfloat16)
+    cast = build_model(config, facts, seed=0, dtype=torch.float32).to(torch.bfloat16)
+    frequencies = cast.language_model.model.rotary_emb.inv_freq
+    assert frequencies.dtype is torch.float32
+    assert not torch.equal(frequencies, frequencies.bfloat16().float())
+    made = row(facts, num_text=(60,), with_image=(True,))
+    assert torch.equal(packed_logits(loaded, made)[0], packed_logits(cast, made)[0])
+
+
 def test_sharded_and_bin_weights(shelf: Path, tmp_path: Path) -> None:
     config = parts(shelf)
     assert config.language_model is not None

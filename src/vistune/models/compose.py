@@ -7,6 +7,7 @@ the transformers world expect.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -183,6 +184,20 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # Transformers initialises weights at this point unless it is building a skeleton.
         with torch.device("meta"):
             self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedVLM:
+        """Moves and casts the model, but leaves tables such as rotary frequencies in fp32.
+
+        Loading in 16 bit keeps them exact and casting would not: the same model would then answer
+        differently, the more so the longer the text.
+        """
+        exact = _compat.computed_buffers(self)
+        super()._apply(fn, recurse)
+        for module, name, table in exact:
+            moved = module.get_buffer(name)
+            if moved.dtype is not table.dtype:
+                module.register_buffer(name, table.to(moved.device), persistent=False)
+        return self
 
     @property
     def module_map(self) -> ModuleMap:
