@@ -99,10 +99,12 @@ def test_blind_asks_the_same_words(folder: Path) -> None:
         (good(id=2, image="../secret.png"), ":2: the image '../secret.png' lies outside"),
         (good(id=2, image="/etc/passwd"), ":2: the image '/etc/passwd' lies outside"),
         (good(id=2, question="<image> <image> q"), ":2: the question has 2 <image> marks for 1"),
+        (good(id=2, image="broken.png"), ":2: broken.png: "),
         (good(id=2, image=7.5), "the image '7.5' does not exist"),
     ],
 )
 def test_every_mistake_is_named(folder: Path, row: object, part: str) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
     path = save(folder, good(), row)
     with pytest.raises(DataError) as caught:
         read_questions(path)
@@ -140,3 +142,19 @@ def test_missing_file(folder: Path) -> None:
         read_questions(folder / "none.jsonl")
     with pytest.raises(DataError, match="directory"):
         read_questions(folder)
+
+
+def test_llava_rows_are_questions_with_context(folder: Path) -> None:
+    def row(number: int, *texts: str) -> dict[str, object]:
+        turns = [{"from": ("human", "gpt")[k % 2], "value": t} for k, t in enumerate(texts)]
+        return {"id": f"r{number}", "image": "images/a.png", "conversations": turns}
+
+    path = save(folder, row(1, "<image>\na?", "b", "c?", "d"), row(2, "<image>\ne?", "f"))
+    first, second = read_questions(path)
+    assert [t.speaker for t in first.turns] == ["user", "assistant", "user"]
+    assert (first.text, first.answers, first.turns[0].parts) == ("c?", ("d",), (0, "\na?"))
+    assert first.blind().turns[0].parts == ("a?",)
+    assert (second.id, second.answers) == ("r2", ("f",))
+    broken = save(folder, row(1, "<image>\na?", "b"), row(2, "<image>\na?", " "), name="b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl:2"):
+        read_questions(broken)

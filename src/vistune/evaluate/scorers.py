@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from vistune.errors import DataError
 from vistune.evaluate.answers import exact_match, normalised, vqa_accuracy
 from vistune.evaluate.tasks import Question
 from vistune.registry import Registry
@@ -14,7 +15,8 @@ Scorer: TypeAlias = Callable[[str, Question], float]
 """Answer and question -> score in [0, 1]."""
 
 SCORERS: Registry[Scorer] = Registry("scorer")
-_MIN_ANNOTATORS = 3
+# Fewer can never agree enough for a full score.
+_MIN_ANNOTATORS = 4
 
 
 @SCORERS.register("exact")
@@ -50,8 +52,23 @@ def rule_for(question: Question, scorer: str) -> str:
 
     Raises:
         RegistryError: There is no scorer of that name.
+        DataError: The question has not what the scorer needs.
     """
     SCORERS.get(scorer)
+    if scorer == "choice" and not question.choices:
+        raise DataError(
+            "the scorer 'choice' needs choices",
+            where=question.where,
+            fix='add "choices" to the row, or use --scorer auto',
+        )
+    if scorer == "vqa" and len(question.answers) < _MIN_ANNOTATORS:
+        raise DataError(
+            "the scorer 'vqa' compares annotators, and with so few no answer can score in full",
+            where=question.where,
+            got=f"{len(question.answers)} answers",
+            expected=f"at least {_MIN_ANNOTATORS}, usually 10",
+            fix="use --scorer exact",
+        )
     if scorer != "auto":
         return scorer
     if question.choices:

@@ -13,9 +13,10 @@ from typing import Any
 
 from vistune.data.formats import open_source
 from vistune.data.formats.base import IMAGE_MARK, split_images
-from vistune.errors import DataError, VistuneError
-from vistune.recipe import SourceConfig
-from vistune.types import ImageRef, Turn
+from vistune.data.image import ImagePlan, probe
+from vistune.errors import DataError, RowError, VistuneError
+from vistune.recipe import ImageConfig, SourceConfig
+from vistune.types import ImageDefaults, ImageRef, Turn
 
 _MAX_LISTED = 10
 _FORM = '{"id", "image", "question", "answers": [...], "type"?, "choices"?: [...]}'
@@ -96,6 +97,7 @@ def read_questions(
                 questions.append(_question(row, where, folder))
             except DataError as error:
                 problems.append(str(error))
+    problems += _unreadable_images(questions)
     problems += _repeated_ids(questions)
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
@@ -230,6 +232,24 @@ def _llava_questions(file: Path, folder: Path, problems: list[str]) -> list[Ques
         )
         questions.append(question)
     return questions
+
+
+def _unreadable_images(questions: list[Question]) -> list[str]:
+    """Reads the header of every image once, so that a broken one is named before any answer."""
+    # Only the limit on pixels matters here; what the tower wants is not known.
+    plan = ImagePlan.resolve(ImageConfig(), ImageDefaults(224, (0.5,) * 3, (0.5,) * 3))
+    seen: set[Path] = set()
+    problems = []
+    for question in questions:
+        for image in question.images:
+            if image.path in seen:
+                continue
+            seen.add(image.path)
+            try:
+                probe(image, plan)
+            except RowError as error:
+                problems.append(str(error.at(question.where)))
+    return problems
 
 
 def _repeated_ids(questions: list[Question]) -> list[str]:
