@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from train_fakes import FakeData, resolved_recipe, run
 
 from vistune.checkpoint.load import list_checkpoints
-from vistune.errors import CheckpointError, DataError, NonFiniteError
+from vistune.errors import CheckpointError, DataError, NonFiniteError, TrainingError
+from vistune.train import fit as fit_module
 from vistune.train.fit import num_steps
 from vistune.types import Rejected
 
@@ -163,6 +164,32 @@ def test_a_finished_run_says_so(tmp_path):
     result = run(recipe, resume=True)
     assert result.steps == 8 and result.first_loss is None
     assert (tmp_path / "r" / "metrics.jsonl").read_text() == before
+
+
+def test_rehearsal_of_the_heaviest_step_leaves_no_trace(tmp_path):
+    seen: list[int] = []
+
+    class Watched(FakeData):
+        def steps(self, start_step=0):
+            seen.append(start_step)
+            return super().steps(start_step)
+
+    run(resolved_recipe(tmp_path / "a"))
+    run(resolved_recipe(tmp_path / "b"), data=Watched(), heaviest_step=5)
+    assert seen == [5, 0]
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_out_of_memory_says_when_and_what_to_turn(tmp_path, monkeypatch):
+    def too_much(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(fit_module, "backward_step", too_much)
+    with pytest.raises(TrainingError, match="at step 1") as caught:
+        run(resolved_recipe(tmp_path / "a"))
+    assert "batch.max_tokens (4096)" in str(caught.value) and "11 tokens" in str(caught.value)
+    with pytest.raises(TrainingError, match="rehearsing the heaviest step"):
+        run(resolved_recipe(tmp_path / "b"), heaviest_step=3)
 
 
 def test_changed_recipe_is_refused_by_key(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_files_of_a_run(tiny, tmp_path):
     result = train(resolved(tiny, tmp_path / "r"), console=console)
     folder = tmp_path / "r"
     start = json.loads((folder / "provenance.jsonl").read_text())
-    assert start["resumed_from_step"] == 0 and start["versions"]["torch"] == torch.__version__
+    assert start["resumed_from_step"] == 0 and start["versions"]["torch"] == version("torch")
     assert json.loads((folder / "check.json").read_text())["num_ok"] == 24
     assert (folder / "quarantine.jsonl").read_text() == ""
     text = console.export_text()

@@ -163,6 +163,7 @@ def run(
     data: FakeData | None = None,
     dropout: float = 0.3,
     console: Console | None = None,
+    heaviest_step: int | None = None,
 ) -> TrainResult:
     """Trains the fake model as `train` would the real one."""
     console = console or Console(quiet=True)
@@ -205,5 +206,6 @@ def run(
                     ConsoleHook(console, total_steps=total, live=False),
                 ],
                 console=console,
+                heaviest_step=heaviest_step,
             )
         )

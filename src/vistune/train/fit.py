@@ -111,6 +111,8 @@ class Job:
         hooks: Made for the total number of steps.
         console: Where events are said.
         reads_tail: The model computes its last layer only where it is read.
+        heaviest_step: The step of data with the longest row, rehearsed before the first step so
+            that a device that is too small says so at once; None for no rehearsal.
         strategy: How a step is spread over processes.
     """
 
@@ -128,6 +130,7 @@ class Job:
     console: Console
     reads_tail: bool = False
     inherited: dict[str, torch.Tensor] = field(default_factory=dict)
+    heaviest_step: int | None = None
     strategy: Strategy = field(default_factory=SingleProcess)
 
 
@@ -188,6 +191,7 @@ class _Steps:
                 with write_errors_explained(self.directory.path):
                     for hook in hooks:
                         hook.on_start(self.progress.step)
+                self._rehearse(module)
                 started_s = time.perf_counter()
                 self._loop(module, hooks, stop)
                 self._save()
@@ -257,24 +261,41 @@ class _Steps:
             self.clock.wait_s += time.perf_counter() - waiting_s
             progress.data_step += 1
             self._count_rejected(rows)
-            with self._out_of_memory_explained(rows):
-                sums = backward_step(
-                    job.strategy,
-                    module,
-                    rows,
-                    sources=job.sources,
-                    device=job.device.torch_device,
-                    autocast_dtype=self.autocast,
-                    clip_norm=self.recipe.train.clip_norm,
-                    reads_tail=job.reads_tail,
-                )
-                if not self._is_usable(sums, rows):
-                    job.strategy.step(lr_factor=None)
-                    continue
-                factor = self.schedule.factor(progress.step)
+            what = f"at step {progress.step + 1}"
+            sums = self._backward(module, rows, what=what)
+            if not self._is_usable(sums, rows):
+                job.strategy.step(lr_factor=None)
+                continue
+            factor = self.schedule.factor(progress.step)
+            with self._out_of_memory_explained(rows, what=what):
                 job.strategy.step(lr_factor=factor)
             self._count(sums)
             self._after_step(sums, factor, hooks)
+
+    def _rehearse(self, module: nn.Module) -> None:
+        """Runs the heaviest step's passes once and forgets them: weights and randomness stay."""
+        job = self.job
+        if job.heaviest_step is None:
+            return
+        state = random_state(job.device.torch_device)
+        rows = next(job.data.steps(job.heaviest_step))
+        self._backward(module, rows, what="while rehearsing the heaviest step")
+        job.strategy.step(lr_factor=None)
+        set_random_state(state, job.device.torch_device)
+
+    def _backward(self, module: nn.Module, rows: Sequence[Batch], *, what: str) -> StepSums:
+        job = self.job
+        with self._out_of_memory_explained(rows, what=what):
+            return backward_step(
+                job.strategy,
+                module,
+                rows,
+                sources=job.sources,
+                device=job.device.torch_device,
+                autocast_dtype=self.autocast,
+                clip_norm=self.recipe.train.clip_norm,
+                reads_tail=job.reads_tail,
+            )
 
     def _rows(self) -> Iterator[list[Batch]]:
         """Yields the rows of each step; starting the workers leaves the random state alone.
@@ -425,13 +446,13 @@ class _Steps:
         )
 
     @contextmanager
-    def _out_of_memory_explained(self, rows: Sequence[Batch]) -> Iterator[None]:
+    def _out_of_memory_explained(self, rows: Sequence[Batch], *, what: str) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
             longest = max(row.num_tokens for row in rows)
             raise TrainingError(
-                f"the device ran out of memory at step {self.progress.step + 1}",
+                f"the device ran out of memory {what}",
                 where=self.job.device.name,
                 got=f"a row of {longest} tokens; {str(error).splitlines()[0]}",
                 fix=f"lower batch.max_tokens ({self.recipe.batch.max_tokens}) or raise"

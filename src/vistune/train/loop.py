@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -82,13 +83,13 @@ def train(
             )
         seed_everything(recipe.seed)
         _import_engines()
+        blueprint = _blueprint(recipe, opened)
+        data = _data(recipe, blueprint, opened, device, console)
         with collector_paused():
-            blueprint = _blueprint(recipe, opened)
-            data = _data(recipe, blueprint, opened, device, console)
             built = _model(recipe, blueprint, opened, device, console)
-            total_steps = num_steps(recipe, data)
-            print_tuning(built.tuning, recipe.train, console)
-            job = _job(recipe, opened, device, blueprint, data, built, console)
+        total_steps = num_steps(recipe, data)
+        print_tuning(built.tuning, recipe.train, console)
+        job = _job(recipe, opened, device, blueprint, data, built, console)
         result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
@@ -277,7 +278,16 @@ def _job(
         console=console,
         reads_tail=built.model.fused is not None,
         inherited=built.inherited,
+        heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
     )
+
+
+def _heaviest_step(data: TrainData) -> int:
+    """Returns the step of the first epoch with the longest row."""
+    lengths: list[int] = data.report.lengths.tolist()
+    plans = itertools.islice(data.plans(0), data.steps_per_epoch(0))
+    longest = [max(sum(lengths[i] for i in row) for row in plan.rows) for plan in plans]
+    return longest.index(max(longest))
 
 
 def _digest(report: CheckReport) -> str:
