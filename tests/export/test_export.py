@@ -21,7 +21,7 @@ from vistune.data.image import ImagePlan
 from vistune.data.template import TEMPLATES
 from vistune.data.template.jinja import JinjaTemplate
 from vistune.data.template.pieces import PieceTemplate
-from vistune.errors import CheckpointError, ModelError
+from vistune.errors import CheckpointError, ModelError, TemplateError
 from vistune.export.adapter import write_adapter
 from vistune.export.files import new_directory
 from vistune.export.hf import compare_hf, write_hf
@@ -282,6 +282,9 @@ def joined(coder: Encoder, turns: list[Turn]) -> str:
     return "".join("<image>" if s.image is not None else s.text for s in segments)
 
 
+PIECES = [name for name in TEMPLATES if type(TEMPLATES.get(name)) is PieceTemplate]
+
+
 class _Bare:
     """An encoder as far as templates go; most markers are no tokens of the tiny tokenizer."""
 
@@ -290,7 +293,7 @@ class _Bare:
 
 
 @pytest.mark.parametrize("system", [None, 'Be "brief".\n', ""])
-@pytest.mark.parametrize("name", TEMPLATES.names())
+@pytest.mark.parametrize("name", PIECES)
 def test_named_templates_as_jinja(shelf: Path, name: str, system: str | None) -> None:
     _, facts = composed(shelf)
     coder: Any = _Bare(TEMPLATES.get(name), system)
@@ -299,6 +302,14 @@ def test_named_templates_as_jinja(shelf: Path, name: str, system: str | None) ->
     assert rendered(template, turns, facts.tokenizer) == joined(coder, turns)
     own = [Turn("system", ("Mine.",)), *turns]
     assert rendered(template, own, facts.tokenizer) == joined(coder, own)
+
+
+@pytest.mark.parametrize("name", [n for n in TEMPLATES if n not in PIECES])
+def test_templates_without_a_jinja_form(name: str) -> None:
+    assert len(PIECES) >= 9
+    coder: Any = _Bare(TEMPLATES.get(name), None)
+    with pytest.raises(TemplateError, match="--to vistune"):
+        chat_template(coder)
 
 
 def test_tokenizer_template_as_jinja(shelf: Path) -> None:

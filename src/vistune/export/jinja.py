@@ -43,7 +43,7 @@ def chat_template(encoder: Encoder) -> str:
         TemplateError: The template is of a kind that has no jinja form.
     """
     template: ChatTemplate = encoder.template
-    if isinstance(template, PieceTemplate):
+    if type(template) is PieceTemplate:  # a subclass may write something else
         return _SAY + _pieces(template, encoder.system)
     if isinstance(template, JinjaTemplate):
         return _SAY + _FLATTEN + _system_message(encoder.system) + template.source
