@@ -59,6 +59,7 @@ class LossModule(nn.Module):
     Args:
         model: A `TrainableModel` that is an `nn.Module`.
         sources: Names of the data sources, in the order of the per-source sums.
+        vocabulary_size: Width of the logits, about.
         num_logits: Logits held at once (targets of a chunk x vocabulary).
     """
 
