@@ -171,7 +171,7 @@ def bench_index(folder: Path) -> None:
     row = {
         "id": "x",
         "image": "a/b.jpg",
-        "conversations": [{"from": "human", "value": "w \\" * 400}],
+        "conversations": [{"from": "human", "value": " ".join(WORDS) * 12}],
     }
     path = folder / "large.json"
     path.write_text("[" + ",\n".join([json.dumps(row)] * 40_000) + "]")

@@ -59,6 +59,25 @@ def test_pixels_equal_transformers(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(plan.apply(image), expected)
 
 
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_work_left_out_of_the_resize_changes_no_bit(resample: str) -> None:
+    rng = np.random.default_rng(5)
+    sizes = [(640, 480), (481, 480), (56, 10), (57, 56), (40, 3), (2000, 7)]
+    sizes += [tuple(sorted(rng.integers(2, 500, 2).tolist(), reverse=True)) for _ in range(30)]
+    for width, height in sizes:
+        plan = make_plan(mode="pad", size_px=56, resample=resample)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        filter = getattr(Image.Resampling, resample.upper())
+        expected = plan._padded(image).resize((56, 56), resample=filter)
+        np.testing.assert_array_equal(np.asarray(plan.to_square(image)), np.asarray(expected))
+        plan = make_plan(mode="crop", size_px=56, resample=resample)
+        new_width = 56 * width // height
+        left = (new_width - 56) // 2
+        whole = image.resize((new_width, 56), resample=filter)
+        expected = whole.crop((left, 0, left + 56, 56))
+        np.testing.assert_array_equal(np.asarray(plan.to_square(image)), np.asarray(expected))
+
+
 def test_pad_colour_and_place() -> None:
     plan = make_plan(mode="pad", size_px=8)
     assert plan.pad_colour == (122, 116, 104)
