@@ -174,7 +174,8 @@ class _Steps:
         self.autocast = torch.bfloat16 if job.device.dtype == torch.bfloat16 else None
         self.samples_per_epoch = job.data.samples_per_epoch(0)
         self.clock = Clock()
-        self.saved_step: int | None = None
+        resumed = job.opened.checkpoint is not None
+        self.saved_step = self.progress.step if resumed else None
         self.first_loss: float | None = None
         self.final_loss: float | None = None
 
