@@ -195,3 +195,14 @@ def test_a_drawing_without_a_name_is_an_error(packages: Packages, tmp_path: Path
     with pytest.raises(DataError, match=r"no drawing or no name") as refused:
         scenes.read_drawings(packages.drawings, packages.names, {"animal": "1f300"})
     assert refused.value.where == "U+1f300"
+
+
+def test_a_plan_in_one_language_holds_nothing_of_the_other(
+    packages: Packages, tmp_path: Path
+) -> None:
+    english = build(packages, tmp_path / "en", DatasetPlan(**{**vars(PLAN), "languages": ("en",)}))
+    for path in (english.stage1, english.stage2, english.heldout):
+        text = path.read_text("utf-8")
+        assert text.isascii()
+        assert len(rows_of(path)) > 0
+    assert {row["language"] for row in rows_of(english.heldout)} == {"en"}

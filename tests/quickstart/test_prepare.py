@@ -16,7 +16,9 @@ def product(folder: Path, made: list[str], *, stamp: str = "one") -> Path:
         made.append(stamp)
         (target / "file.txt").write_text(stamp)
 
-    return prepare._product(folder, make, inputs={"stamp": stamp}, say=lambda line: None)
+    return prepare._product(
+        folder, make, inputs={"stamp": stamp, "of": ("a", "b")}, say=lambda line: None
+    )
 
 
 def test_a_product_is_made_once(tmp_path: Path) -> None:

@@ -147,7 +147,18 @@ def language_model_from_gguf(source: Path, destination: Path) -> None:
     where: dict[str, Any] = {"gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), **where)
-    model.save_pretrained(destination)
+    # A model read from GGUF refuses `save_pretrained`; its weights are ordinary floats by now.
+    fields = model.config.to_dict()
+    fields.pop("quantization_config", None)
+    config = type(model.config).from_dict(fields)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    weights = {
+        key: value.float().contiguous()
+        for key, value in model.state_dict().items()
+        if key not in tied
+    }
+    config.save_pretrained(destination)
+    save_file(weights, str(destination / "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save_pretrained(destination)
 
 

@@ -26,7 +26,7 @@ MAX_TURNS = 3
 _IMAGE = "<image>\n"
 _STAGE1, _STAGE2, _HELDOUT = "stage1.json", "stage2.json", "heldout.jsonl"
 _CARD, _IMAGES = "card.json", "images"
-# A few plain exchanges, so that a turn without an image stays an ordinary turn.
+# Plain exchanges, English and Chinese in turn, so that a turn without an image stays ordinary.
 _TEXT_ROWS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("中国的首都是哪里？", "中国的首都是北京。"),
@@ -61,6 +61,7 @@ class DatasetPlan:
         stage2_several: Conversations about one to four copies of a drawing in stage 2.
         text_repeats: How often each text-only exchange appears in stage 2.
         heldout_per_type: Held-out questions per type and language.
+        languages: Languages asked and answered in, of "en" and "zh".
     """
 
     seed: int = 17
@@ -72,6 +73,7 @@ class DatasetPlan:
     stage2_several: int = 400
     text_repeats: int = 3
     heldout_per_type: int = 48
+    languages: tuple[str, ...] = ("en", "zh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,14 +247,14 @@ def _stage1(
     rows: list[Row] = []
     for image in _take(train, plan.stage1_shapes, rng):
         name = folder.add_file(image.path, f"shapes/train-{image.number:05d}.png", split="train")
-        language = rng.choice(["en", "zh"])
+        language = rng.choice(plan.languages)
         caption = shapes.captions(image)[language == "zh"]
         rows.append(_caption_row(f"s1-shape-{image.number:05d}", name, caption, language=language))
     for index in range(plan.stage1_drawings):
         drawing = seen[index % len(seen)]
         scene = scenes.single(drawing, rng)
         name = folder.add(scene.image, f"scenes/s1-{index:05d}.png", split="train")
-        language = rng.choice(["en", "zh"])
+        language = rng.choice(plan.languages)
         caption = scenes.captions(drawing)[language == "zh"]
         rows.append(_caption_row(f"s1-drawing-{index:05d}", name, caption, language=language))
     rng.shuffle(rows)
@@ -266,17 +268,26 @@ def _stage2(
     rows: list[Row] = []
     for image in _take(train, plan.stage2_shapes, rng):
         name = folder.add_file(image.path, f"shapes/train-{image.number:05d}.png", split="train")
-        turns = shapes.conversation(image, rng)[:MAX_TURNS]
+        turns = shapes.one_per_topic(_spoken(shapes.all_turns(image, rng), plan), rng)[:MAX_TURNS]
         rows.append(conversation_row(f"s2-shape-{image.number:05d}", name, turns))
     for index, scene in enumerate(_training_scenes(seen, plan, rng)):
         name = folder.add(scene.image, f"scenes/s2-{index:05d}.png", split="train")
-        turns = shapes.one_per_topic(scene.turns, rng)[:MAX_TURNS]
+        turns = shapes.one_per_topic(_spoken(scene.turns, plan), rng)[:MAX_TURNS]
         rows.append(conversation_row(f"s2-scene-{index:05d}", name, turns))
-    for index, (question, answer) in enumerate(_TEXT_ROWS * plan.text_repeats):
-        turn = Turn(question=question, answer=answer, type="text", language="en")
+    exchanges = [
+        Turn(question=question, answer=answer, type="text", language=language)
+        for pair in zip(_TEXT_ROWS[::2], _TEXT_ROWS[1::2], strict=True)
+        for language, (question, answer) in zip(("en", "zh"), pair, strict=True)
+    ]
+    for index, turn in enumerate(_spoken(exchanges, plan) * plan.text_repeats):
         rows.append(conversation_row(f"s2-text-{index:03d}", None, [turn]))
     rng.shuffle(rows)
     return rows
+
+
+def _spoken(turns: Iterable[Turn], plan: DatasetPlan) -> list[Turn]:
+    """The turns in the plan's languages."""
+    return [turn for turn in turns if turn.language in plan.languages]
 
 
 def _training_scenes(
@@ -325,14 +336,14 @@ def _heldout(
     rng = _rng(plan, "heldout")
     num = plan.heldout_per_type
     rows: list[Row] = []
-    for image, turn in shapes.held_out(test, rng, num_per_type=num):
+    for image, turn in shapes.held_out(test, rng, num_per_type=num, languages=plan.languages):
         name = f"shapes/test-{image.number:05d}.png"
         folder.add_file(image.path, name, split="heldout")
         rows.append(_question_row(f"h-{len(rows):05d}", name, turn))
     for scene, kinds in _heldout_scenes(seen, unseen, num, rng):
         name = f"scenes/h-{len(rows):05d}.png"
         folder.add(scene.image, name, split="heldout")
-        for language in ("en", "zh"):
+        for language in plan.languages:
             asked = [t for t in scene.turns if t.type in kinds and t.language == language]
             turn = rng.choice(asked)
             if "kind" in kinds:

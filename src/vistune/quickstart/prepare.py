@@ -160,7 +160,8 @@ def _product(
     folder: Path, make: Callable[[Path], None], *, inputs: dict[str, object], say: Say
 ) -> Path:
     """Makes a folder unless its seal holds: same inputs, and every file as it was written."""
-    stamp = {"version": PRODUCT_VERSION, **inputs}
+    # As the seal will read back: JSON knows no tuples.
+    stamp = json.loads(json.dumps({"version": PRODUCT_VERSION, **inputs}))
     if seal_holds(folder, stamp):
         return folder
 

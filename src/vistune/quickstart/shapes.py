@@ -191,10 +191,10 @@ def chinese_turns(image: ShapeImage, rng: random.Random) -> list[Turn]:
     ]
 
 
-def conversation(image: ShapeImage, rng: random.Random) -> list[Turn]:
-    """Several questions about one image, so that all share its image tokens."""
+def all_turns(image: ShapeImage, rng: random.Random) -> list[Turn]:
+    """Every question about an image in both languages, the request to describe it included."""
     described = [caption_turn(image, chinese=chinese) for chinese in (False, True)]
-    return one_per_topic([*published_turns(image), *chinese_turns(image, rng), *described], rng)
+    return [*published_turns(image), *chinese_turns(image, rng), *described]
 
 
 def one_per_topic(turns: Iterable[Turn], rng: random.Random) -> list[Turn]:
@@ -214,7 +214,11 @@ def one_per_topic(turns: Iterable[Turn], rng: random.Random) -> list[Turn]:
 
 
 def held_out(
-    images: Sequence[ShapeImage], rng: random.Random, *, num_per_type: int
+    images: Sequence[ShapeImage],
+    rng: random.Random,
+    *,
+    num_per_type: int,
+    languages: Sequence[str],
 ) -> list[tuple[ShapeImage, Turn]]:
     """Questions about the published test images, every answer of a type equally often.
 
@@ -223,12 +227,13 @@ def held_out(
         rng: Source of the choices.
         num_per_type: Questions per type and language; the English questions are the published
             ones, the Chinese ones are rendered from the same labels.
+        languages: Of "en" and "zh".
 
     Returns:
         (image, turn) pairs; no image is asked twice for the same type and language.
     """
     chosen: list[tuple[ShapeImage, Turn]] = []
-    for language in ("en", "zh"):
+    for language in languages:
         by_answer: dict[tuple[str, str], list[tuple[ShapeImage, Turn]]] = defaultdict(list)
         for image in images:
             turns = published_turns(image) if language == "en" else chinese_turns(image, rng)
