@@ -6,6 +6,7 @@ With a pipe instead of a terminal there are no prompts and no colours: one line 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class ChatTerminal:
         self.out = out
         self.err = err
         self.is_terminal = source.isatty() and out.isatty()
+        self.has_colours = err.isatty() and not os.environ.get("NO_COLOR")
         self.num_errors = 0
 
     def greet(self, description: str) -> None:
@@ -188,7 +190,7 @@ class ChatTerminal:
         self._say("\n".join(f"{name:<{width}}  {what}" for name, what in COMMANDS), _DIM)
 
     def _say(self, text: str, style: str) -> None:
-        shown = f"{style}{text}{_PLAIN}" if self.err.isatty() else text
+        shown = f"{style}{text}{_PLAIN}" if self.has_colours else text
         self.err.write(shown + "\n")
         self.err.flush()
 
