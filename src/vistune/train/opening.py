@@ -162,7 +162,8 @@ def require_same_recipe(
     lines = [f"{k}: {old.get(k)!r} -> {new.get(k)!r} ({resolved.source_of(k)})" for k in differing]
     stretched = any(key in LENGTH_KEYS for key in differing)
     raise CheckpointError(
-        f"the recipe is not the one this run was started with: {len(differing)} keys differ",
+        "the recipe is not the one this run was started with:"
+        + (" 1 key differs" if len(differing) == 1 else f" {len(differing)} keys differ"),
         where=str(where),
         got="\n            ".join(lines),
         expected="the same values; free to change: " + ", ".join(FREE_KEYS),
