@@ -161,7 +161,9 @@ def attend_packed(
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD))
     packing = packing_mask(cu_seqlens, max_seqlen)
-    return _packed(q, k, v, packing, dropout=0.0, scale=None, window=window, softcap=None)[0]
+    return _packed(q, k, v, packing, dropout=0.0, scale=None, window=window, softcap=None).squeeze(
+        0
+    )
 
 
 def attend_tail(
@@ -211,7 +213,7 @@ def attend_tail(
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         seen = seen.tril(k.shape[2] - q.shape[2])
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _packed(
@@ -242,9 +244,9 @@ def _packed(
         and head_dim <= 256
     ):
         out = _compat.varlen_attention(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
+            query.squeeze(0).transpose(0, 1),
+            key.squeeze(0).transpose(0, 1),
+            value.squeeze(0).transpose(0, 1),
             cu_seqlens=cu_seqlens.contiguous(),
             max_seqlen=max_seqlen,
             scale=scale,
@@ -257,7 +259,7 @@ def _packed(
     if window is None and softcap is None and len(set(lengths)) == 1:
         # Samples of one length are a batch: one kernel call instead of one per sample.
         query, key, value = (
-            x[0].reshape(num_heads, len(lengths), lengths[0], -1).transpose(0, 1)
+            x.squeeze(0).reshape(num_heads, len(lengths), lengths[0], -1).transpose(0, 1)
             for x in (query, key, value)
         )
         out = F.scaled_dot_product_attention(

@@ -107,7 +107,7 @@ class LossModule(nn.Module):
             zero = model.logits(hidden_BTD[0, :1]).float().sum() * 0.0
             return zero, zero.new_zeros(self.num_sources)
         # Not indexing: its backward pass would sort the positions, which are already unique.
-        hidden_MD = hidden_BTD[0].index_select(0, row.target_index_M)
+        hidden_MD = hidden_BTD.squeeze(0).index_select(0, row.target_index_M)
         return self._loss(hidden_MD, row, source_of_target_M)
 
     def _loss(

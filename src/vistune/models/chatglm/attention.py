@@ -179,7 +179,7 @@ def _per_sample(query: Tensor, key: Tensor, value: Tensor, prefixes: PackedPrefi
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, prefixes: PackedPrefixes) -> Tensor:
-    query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_THD, key_THD, value_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     longest_prompt = max(middle - start for start, middle, _ in prefixes.spans)
     longest_answer = max(end - middle for _, middle, end in prefixes.spans)
     longest = max(end - start for start, _, end in prefixes.spans)

@@ -108,7 +108,8 @@ class FusedTrunk:
 
     def _open(self, embeds_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = self.rotary(embeds_BTD, position_ids_BT)
-        return embeds_BTD[0], cos[0], sin[0]
+        # squeeze, not [0]: the backward pass of an index writes zeros and copies the whole row.
+        return embeds_BTD.squeeze(0), cos.squeeze(0), sin.squeeze(0)
 
     def __call__(
         self,
