@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
+    "Decoding",
     "assert_on_device",
     "computed_buffers",
     "decoder_of",
@@ -93,6 +94,60 @@ def set_recompute(layer: nn.Module, *, on: bool) -> bool:
     layer.gradient_checkpointing = on
     layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     return True
+
+
+class Decoding:
+    """A padded batch of prompts as transformers' generation hooks see it, step by step.
+
+    Models with positions or masks of their own say so in these hooks, which `generate` of
+    transformers calls too. Relies on `_prepare_position_ids_for_generation`,
+    `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` (5.17 and 5.23).
+
+    Args:
+        model: A model with `GenerationMixin`.
+        input_ids_BT: int64 [B, T].
+        attention_mask_BT: int64 [B, T], 0 on padding.
+        pixel_values: Images in reading order, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        pixel_values: Tensor | None,
+    ) -> None:
+        self._model = model
+        self._ids_BT = input_ids_BT
+        self._first = True
+        self._kwargs: dict[str, Any] = {
+            "attention_mask": attention_mask_BT,
+            "pixel_values": pixel_values,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        self._kwargs["position_ids"] = model._prepare_position_ids_for_generation(
+            input_ids_BT, self._kwargs
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """Returns the arguments of the next forward pass."""
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+            self._ids_BT,
+            next_sequence_length=None if self._first else 1,
+            is_first_iteration=self._first,
+            **self._kwargs,
+        )
+        return inputs
+
+    def advance(self, outputs: Any, next_ids_B: Tensor) -> None:
+        """Takes in what the pass returned and which tokens were chosen."""
+        self._kwargs = self._model._update_model_kwargs_for_generation(
+            outputs, self._kwargs, is_encoder_decoder=False
+        )
+        self._ids_BT = torch.cat((self._ids_BT, next_ids_B[:, None]), dim=1)
+        self._first = False
 
 
 @functools.cache

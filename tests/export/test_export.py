@@ -198,6 +198,15 @@ def test_adapter_directory_loads_in_peft(shelf: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     settings = json.loads((tmp_path / "language_model" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(shelf / "text_llama")
+    assert settings["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     with safe_open(tmp_path / "connector.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("connector.0.weight"), model.connector[0].weight)
 

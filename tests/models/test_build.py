@@ -190,13 +190,14 @@ def test_gguf_weights(shelf: Path, tmp_path: Path) -> None:
     pieces = [
         *tokenizer().convert_ids_to_tokens(range(259)),
         "ab",
-        *(f"[{i}]" for i in range(260, VOCAB)),
+        "cd",
+        *(f"[{i}]" for i in range(261, VOCAB)),
     ]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
     writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {

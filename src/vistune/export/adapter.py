@@ -72,6 +72,20 @@ def _bases(parts: ModelConfig | None) -> dict[str, str]:
     return {"language_model": parts.language_model.path, "vision_tower": parts.vision_tower.path}
 
 
+def _targets(part: nn.Module) -> list[str]:
+    """Returns the adapted layers by their last names where these are unmistakable, else in full."""
+    adapted = list(adapter_layers(part))
+    inside = tuple(f"{name}." for name in adapted)
+    short = {name.rpartition(".")[2] for name in adapted}
+    others = [
+        name
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside)
+    ]
+    mistakable = any(name.rpartition(".")[2] in short for name in others)
+    return adapted if mistakable else sorted(short)
+
+
 def _write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
@@ -80,6 +94,7 @@ def _write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
     config = owner.peft_config["default"]
     config.base_model_name_or_path = base
     config.inference_mode = True
+    config.target_modules = _targets(part)
     config.save_pretrained(folder)
     state = {
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()

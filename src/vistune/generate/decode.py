@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vistune import _compat
 from vistune.data.encode import Encoder
 from vistune.errors import ModelError
 from vistune.types import EncodedSample, ImageRef, Turn
@@ -24,21 +25,11 @@ _REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
 class AnsweringModel(Protocol):
-    """What decoding needs of a model: the forward pass of the transformers world."""
+    """What decoding needs of a model: the forward pass and generation hooks of transformers."""
 
     training: bool
 
-    def __call__(
-        self,
-        *,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past_key_values: Any,
-        use_cache: bool,
-        logits_to_keep: int,
-    ) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
         """Returns logits [B, 1, V] and the cache."""
         ...
 
@@ -254,35 +245,26 @@ def _steps(
     first = next(model.parameters())
     device = first.device
     ids_BT, mask_BT = _left_padded([sample.input_ids for sample in encoded], device)
-    position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     pixels = [image for sample in encoded for image in sample.pixel_values]
     pixel_values = torch.from_numpy(np.stack(pixels)).to(device) if pixels else None
-    cache: Any = None
+    decoding = _compat.Decoding(
+        model, input_ids_BT=ids_BT, attention_mask_BT=mask_BT, pixel_values=pixel_values
+    )
     choice: _Choice | None = None
     training = model.training
     model.train(False)
     try:
         for _ in range(max_new_tokens):
             with one_dtype(model, device):
-                out = model(
-                    input_ids=ids_BT,
-                    pixel_values=pixel_values,
-                    attention_mask=mask_BT,
-                    position_ids=position_BT,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            logits_BV, cache = out.logits[:, -1], out.past_key_values
-            if cache is None:
+                out = model(**decoding.inputs())
+            logits_BV = out.logits[:, -1]
+            if out.past_key_values is None:
                 raise ModelError(f"{type(model).__name__} returns no cache to decode with")
             if choice is None:
                 choice = _choice(encoder, logits_BV, temperature, top_p, seed)
             next_B = choice.pick(logits_BV)
             yield next_B.tolist()
-            ids_BT, pixel_values = next_B[:, None], None
-            mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(encoded), 1)), dim=1)
-            position_BT = position_BT[:, -1:] + 1
+            decoding.advance(out, next_B)
     finally:
         model.train(training)
 

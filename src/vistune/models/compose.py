@@ -209,6 +209,12 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             names = tuple(name for name, module in self.named_modules() if module is head)
         return ModuleMap(("vision_tower",), ("connector",), ("language_model",), names)
 
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """Parameters that no gradient reaches (an encoder's mask token)."""
+        names = dict(self.vision_tower.named_parameters())
+        return frozenset(f"vision_tower.{n}" for n in self.plan.traits.never_reached if n in names)
+
     def get_input_embeddings(self) -> nn.Module:
         """Returns the language model's embedding table."""
         found = self.language_model.get_input_embeddings()

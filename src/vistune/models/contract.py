@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistune.errors import ModelError
 from vistune.types import ROLES, RoleName, VisionGrid
@@ -54,7 +55,7 @@ class ModuleMap:
 
 
 class VisionLanguageModel(Protocol):
-    """A model that training can use."""
+    """A model that training can use; it is a `torch.nn.Module` besides."""
 
     @property
     def module_map(self) -> ModuleMap:
@@ -69,6 +70,11 @@ class VisionLanguageModel(Protocol):
     @property
     def image_token_id(self) -> int:
         """The id that stands where image embeddings go."""
+        ...
+
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """Parameters that no gradient reaches; they stay frozen whatever a recipe says."""
         ...
 
     def hidden_states(
@@ -99,4 +105,32 @@ class VisionLanguageModel(Protocol):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Applies the output head, with any scale or cap the model has: [M, D] -> [M, V]."""
+        ...
+
+
+class TunableModel(VisionLanguageModel, Protocol):
+    """The same with the methods of `torch.nn.Module` that tuning needs."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields every parameter once."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields every parameter once, with its name."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields every module."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields every module with its path."""
+        ...
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Returns the module at a path; the model itself at the empty one."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Lets every parameter train, or none."""
         ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.compose import ComposedVLM
-from vistune.models.language.decoder import decoder_layers
+from vistune.models.contract import TunableModel
 
 
-def set_checkpoint_layers(model: ComposedVLM, num_layers: int) -> None:
+def set_checkpoint_layers(model: TunableModel, num_layers: int) -> None:
     """Makes the first decoder layers recompute their activations in the backward pass.
 
     Args:
@@ -18,7 +19,7 @@ def set_checkpoint_layers(model: ComposedVLM, num_layers: int) -> None:
     Raises:
         ModelError: There are fewer layers, or they cannot be recomputed.
     """
-    layers = decoder_layers(model.language_model)
+    layers = decoder_layers(model)
     if num_layers > len(layers):
         raise ModelError(
             f"the language model has {len(layers)} layers",
@@ -33,3 +34,23 @@ def set_checkpoint_layers(model: ComposedVLM, num_layers: int) -> None:
                 where="train.checkpoint_layers",
                 fix="set train.checkpoint_layers=0",
             )
+
+
+def decoder_layers(model: TunableModel) -> list[nn.Module]:
+    """Returns the language model's layers, in order: the largest list of modules it has.
+
+    Args:
+        model: Any model with roles.
+    """
+    module_map = model.module_map
+    lists = [
+        list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module_map.role_of(f"{name}.0") == "language"
+    ]
+
+    # A layer may hold lists of its own (experts), which are smaller than the stack.
+    def num_parameters(layers: list[nn.Module]) -> int:
+        return sum(p.numel() for layer in layers for p in layer.parameters())
+
+    return max(lists, key=num_parameters, default=[])

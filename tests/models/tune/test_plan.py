@@ -6,10 +6,13 @@ import pytest
 import torch
 from tiny_parts import composed, packed_logits, row
 
+from vistune.checkpoint.merge import merge_adapters
 from vistune.errors import ModelError, WeightsError
 from vistune.models.compose import ComposedVLM
+from vistune.models.contract import ModuleMap
 from vistune.models.facts import ModelFacts
 from vistune.models.tune import Tuning, apply_tuning, load_trainable, trainable_state
+from vistune.models.tune.lora import adapter_layers
 from vistune.recipe import TrainConfig, TuneConfig
 from vistune.types import ROLES
 
@@ -57,8 +60,6 @@ def test_lora_stays_inside_its_role(shelf: Path, extra: dict[str, bool]) -> None
 
 
 def test_lora_scales(shelf: Path) -> None:
-    from vistune.models.tune.lora import adapter_layers
-
     for extra, scale in (({}, 32 / 16), ({"rslora": True}, 32 / 16**0.5)):
         model, _, _ = tuned(shelf, language={"mode": "lora", "rank": 16, "alpha": 32.0, **extra})
         for layer in adapter_layers(model).values():
@@ -165,6 +166,41 @@ def test_load_trainable_is_strict(shelf: Path) -> None:
     ):
         with pytest.raises(WeightsError, match=r"connector\.\d\.bias"):
             load_trainable(model, broken)
+
+
+def test_roles_that_share_their_root(shelf: Path) -> None:
+    """Some models have no one module per role; adapters then go into the whole model, twice."""
+
+    class Shared(ComposedVLM):
+        @property
+        def module_map(self) -> ModuleMap:
+            return ModuleMap(
+                ("vision_tower.encoder", "vision_tower.embeddings", "vision_tower.pre_layrnorm"),
+                ("connector",),
+                (
+                    "language_model.model.layers",
+                    "language_model.model.embed_tokens",
+                    "language_model.model.norm",
+                ),
+                ("language_model.lm_head",),
+            )
+
+    model, facts = composed(shelf)
+    model.__class__ = Shared
+    made = row(facts)
+    before = packed_logits(model, made)
+    lora = {"mode": "lora", "rank": 2, "targets": ("q_proj",)}
+    tune = TuneConfig.model_validate({"language": lora, "vision": lora | {"rank": 3}})
+    apply_tuning(model, tune, seed=0)
+    ranks = {n: layer.r["default"] for n, layer in adapter_layers(model).items()}
+    assert sorted(ranks.values()) == [2, 2, 3, 3]
+    assert all((rank == 3) == n.startswith("vision_tower") for n, rank in ranks.items())
+    for a, b in zip(before, packed_logits(model, made), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert merge_adapters(model) == 4
+    with pytest.raises(ModelError, match="already carries adapters"):
+        for _ in range(2):
+            apply_tuning(model, tune, seed=0)
 
 
 def test_unreached_weights_stay_frozen(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistune import _compat
 from vistune.errors import ModelError
@@ -178,16 +178,3 @@ def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
         return found
 
     return logits
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the decoder layers of a causal language model, in order.
-
-    Raises:
-        ModelError: The decoder does not keep its layers in one list.
-    """
-    depth = int(model.config.num_hidden_layers)
-    for module in _compat.decoder_of(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise ModelError(f"{type(model).__name__} does not keep its {depth} layers in one list")

@@ -374,11 +374,6 @@ def drop_unused(tower: nn.Module, plan: TowerPlan) -> None:
             names[name].requires_grad_(False)
 
 
-def never_trained(tower: nn.Module, plan: TowerPlan) -> frozenset[str]:
-    """Returns the names of parameters that must stay frozen, because no gradient reaches them."""
-    return frozenset(dict(tower.named_parameters())) & frozenset(plan.traits.never_reached)
-
-
 def tower_features(tower: nn.Module, plan: TowerPlan, pixel_values_NCYX: Tensor) -> Tensor:
     """Runs a tower and keeps the positions the plan selects.
 

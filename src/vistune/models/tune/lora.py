@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from vistune.errors import ModelError
-from vistune.models.compose import ComposedVLM
+from vistune.models.contract import TunableModel
 from vistune.recipe.schema import LoraTune
 from vistune.types import RoleName
 
 _SHOWN_NAMES = 12
 
 
-def linear_layers(model: ComposedVLM, role: RoleName) -> list[str]:
+def linear_layers(model: TunableModel, role: RoleName) -> list[str]:
     """Returns the full names of a role's linear layers, in order.
 
     A head tied to the input embeddings is left out: an adapter merged into it would change the
@@ -32,7 +33,7 @@ def linear_layers(model: ComposedVLM, role: RoleName) -> list[str]:
     ]
 
 
-def target_layers(model: ComposedVLM, role: RoleName, tune: LoraTune) -> list[str]:
+def target_layers(model: TunableModel, role: RoleName, tune: LoraTune) -> list[str]:
     """Returns the full names of the layers that get adapters.
 
     Raises:
@@ -56,7 +57,7 @@ def target_layers(model: ComposedVLM, role: RoleName, tune: LoraTune) -> list[st
     return chosen
 
 
-def inject_lora(model: ComposedVLM, role: RoleName, tune: LoraTune, *, seed: int) -> None:
+def inject_lora(model: TunableModel, role: RoleName, tune: LoraTune, *, seed: int) -> None:
     """Puts adapters beside a role's linear layers, in place.
 
     Args:
@@ -68,29 +69,30 @@ def inject_lora(model: ComposedVLM, role: RoleName, tune: LoraTune, *, seed: int
     Raises:
         ModelError: A target matches nothing, or the layers already carry adapters.
     """
-    layers = target_layers(model, role, tune)
-    if any(hasattr(model.get_submodule(name), "base_layer") for name in layers):
+    if any(model.module_map.role_of(name) == role for name in adapter_layers(model)):
         raise ModelError("this role already carries adapters", where=f"tune.{role}")
+    layers = target_layers(model, role, tune)
     from peft import LoraConfig, inject_adapter_in_model
 
-    part, prefix = _part(model, role)
+    root, prefix = _root(model, role)
     config = LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
         lora_dropout=tune.dropout,
-        target_modules=[name.removeprefix(prefix) for name in layers],
+        # Peft takes a list as suffixes, which could match elsewhere; this must match in whole.
+        target_modules="|".join(re.escape(name.removeprefix(prefix)) for name in layers),
         use_rslora=tune.rslora,
         use_dora=tune.dora,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, part)
-    found = sorted(name for name, module in model.named_modules() if _is_adapter(module))
-    assert set(layers) <= set(found), "peft left out layers it was given"
+        inject_adapter_in_model(config, root)
+    found = [n for n in adapter_layers(model) if model.module_map.role_of(n) == role]
+    assert set(found) == set(layers), "peft adapted other layers than it was given"
 
 
-def adapter_layers(model: nn.Module) -> dict[str, Any]:
+def adapter_layers(model: TunableModel | nn.Module) -> dict[str, Any]:
     """Returns the layers that carry adapters, by full name."""
     return {name: module for name, module in model.named_modules() if _is_adapter(module)}
 
@@ -100,8 +102,9 @@ def _is_adapter(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _part(model: ComposedVLM, role: RoleName) -> tuple[nn.Module, str]:
-    if role == "vision":
-        return model.vision_tower, "vision_tower."
-    assert role == "language"
-    return model.language_model, "language_model."
+def _root(model: TunableModel, role: RoleName) -> tuple[nn.Module, str]:
+    """Returns the module adapters are put into, and what its names lack of the full ones."""
+    prefixes = model.module_map.prefixes(role)
+    if len(prefixes) == 1:
+        return model.get_submodule(prefixes[0]), f"{prefixes[0]}."
+    return model.get_submodule(""), ""

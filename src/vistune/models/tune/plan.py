@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistune.errors import ModelError, WeightsError
-from vistune.models.compose import ComposedVLM
-from vistune.models.towers.families import never_trained
+from vistune.models.contract import TunableModel
 from vistune.models.tune.lora import inject_lora
 from vistune.models.weights import check_keys
 from vistune.recipe import TrainConfig, TuneConfig
@@ -69,7 +68,7 @@ class Tuning:
         tune: What was asked for.
     """
 
-    model: ComposedVLM
+    model: TunableModel
     tune: TuneConfig
 
     def groups(self, train: TrainConfig) -> list[ParamGroup]:
@@ -133,7 +132,7 @@ class Tuning:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def apply_tuning(model: ComposedVLM, tune: TuneConfig, *, seed: int) -> Tuning:
+def apply_tuning(model: TunableModel, tune: TuneConfig, *, seed: int) -> Tuning:
     """Freezes, unfreezes and adds adapters as a recipe says; trained weights become fp32.
 
     Args:
@@ -152,7 +151,9 @@ def apply_tuning(model: ComposedVLM, tune: TuneConfig, *, seed: int) -> Tuning:
             where="tune.head.mode",
             fix="set tune.head.mode=freeze; tune.language.mode=full trains the tied weight",
         )
-    if isinstance(tune.connector, FullTune) and not any(True for _ in model.connector.parameters()):
+    named = [name for name, _ in model.named_parameters()]
+    has_connector = any(module_map.role_of(name) == "connector" for name in named)
+    if isinstance(tune.connector, FullTune) and not has_connector:
         raise ModelError(
             "an identity connector has no weights to train",
             where="tune.connector.mode",
@@ -164,7 +165,7 @@ def apply_tuning(model: ComposedVLM, tune: TuneConfig, *, seed: int) -> Tuning:
         part_tune = getattr(tune, role)
         if isinstance(part_tune, LoraTune):
             inject_lora(model, role, part_tune, seed=seed)
-    unreached = {f"vision_tower.{n}" for n in never_trained(model.vision_tower, model.plan)}
+    unreached = model.never_trained
     for name, parameter in model.named_parameters():
         part_tune = getattr(tune, module_map.role_of(name))
         adapter = not _ADAPTER_PARTS.isdisjoint(name.split("."))
@@ -223,12 +224,12 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def _without_decay(model: nn.Module) -> set[str]:
+def _without_decay(model: TunableModel) -> set[str]:
     """Names of parameters that never decay: vectors and scalars, that is norms, biases, scales."""
     return {name for name, p in model.named_parameters() if p.dim() < 2}
 
 
-def _in_order(model: nn.Module, names: set[str]) -> list[str]:
+def _in_order(model: TunableModel, names: set[str]) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in names]
 
 
