@@ -230,6 +230,15 @@ def test_wrong_directories(shelf: Path, tmp_path: Path, part: str) -> None:
     assert "a file, not a directory" in message(config)
 
 
+def test_misspelt_directory_is_not_looked_for_on_the_hub(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no such directory"):
+        read_text_config(LanguageModelConfig(path="parts/lama"))
+
+
 def test_parts_in_each_others_place(shelf: Path) -> None:
     config = parts(shelf)
     assert config.vision_tower is not None and config.language_model is not None

@@ -154,7 +154,7 @@ def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_ro
     never = sorted({model.image_token_id, *range(known_rows, num_rows)})
     GenerationConfig(
         bos_token_id=encoder.tokenizer.bos_token_id,
-        eos_token_id=list(encoder.stop_token_ids),
+        eos_token_id=list(encoder.stop_token_ids) or None,
         pad_token_id=encoder.tokenizer.pad_token_id,
         suppress_tokens=never,
     ).save_pretrained(folder)

@@ -50,7 +50,10 @@ def part_path(path: str, *, key: str) -> str:
         raise ModelError(
             "this is a file, not a directory", where=path, fix=f"set {key} to its directory"
         )
-    if not _HUB_ID.fullmatch(path):
+    # `parts/llama` beside a folder `parts` is a misspelt directory: asking the hub for it would
+    # take half a minute where there is none.
+    is_misspelt = folder.parent != Path() and folder.parent.is_dir()
+    if is_misspelt or not _HUB_ID.fullmatch(path):
         raise ModelError(
             "there is no such directory",
             where=path,
