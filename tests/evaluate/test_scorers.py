@@ -63,3 +63,12 @@ def test_the_prior_is_the_commonest_answer_of_each_type() -> None:
     ]
     assert prior_answers(asked)["colour"] in ("Red.", "red")
     assert prior_scores(asked, "auto") == [1.0, 1.0, 0.0, 1.0, 0.25, 0.5]
+
+
+def test_the_prior_knows_the_language() -> None:
+    def asked(answer: str, language: str) -> Question:
+        return Question("1", "t:1", (Turn("user", ("q",)),), (), (answer,), "shape", language)
+
+    both = [asked("circle", "en"), asked("圆", "zh"), asked("square", "en"), asked("圆", "zh")]
+    assert prior_answers(both)["shape (zh)"] == "圆"
+    assert sum(prior_scores(both, "exact")) == 3.0

@@ -76,22 +76,28 @@ def rule_for(question: Question, scorer: str) -> str:
     return "vqa" if len(question.answers) >= _MIN_ANNOTATORS else "exact"
 
 
+def prior_group(question: Question) -> str:
+    """Returns what the prior tells questions apart by: their type and, where known, language."""
+    return question.type if question.language is None else f"{question.type} ({question.language})"
+
+
 def prior_answers(questions: Sequence[Question]) -> dict[str, str]:
-    """Returns the most common gold answer of each type, as its annotators wrote it most often.
+    """Returns the most common gold answer of each group, as its annotators wrote it most often.
 
     It is taken from the test set itself, so it bounds from above what answering every question of
-    a type alike can score.
+    a type and language alike can score.
     """
-    by_type: dict[str, Counter[str]] = {}
+    by_group: dict[str, Counter[str]] = {}
     written: dict[tuple[str, str], Counter[str]] = {}
     for question in questions:
+        group = prior_group(question)
         for answer in question.answers:
             key = normalised(answer)
-            by_type.setdefault(question.type, Counter())[key] += 1
-            written.setdefault((question.type, key), Counter())[answer] += 1
+            by_group.setdefault(group, Counter())[key] += 1
+            written.setdefault((group, key), Counter())[answer] += 1
     return {
-        kind: written[kind, counts.most_common(1)[0][0]].most_common(1)[0][0]
-        for kind, counts in by_type.items()
+        group: written[group, counts.most_common(1)[0][0]].most_common(1)[0][0]
+        for group, counts in by_group.items()
     }
 
 
@@ -104,7 +110,7 @@ def prior_scores(questions: Sequence[Question], scorer: str) -> list[float]:
 
     Returns:
         For each question: chance among its choices where it has choices, else the score of its
-        type's most common answer.
+        group's most common answer.
     """
     answers = prior_answers(questions)
     scores = []
@@ -113,5 +119,5 @@ def prior_scores(questions: Sequence[Question], scorer: str) -> list[float]:
             gold = set(question.answers) & set(question.choices)
             scores.append(len(gold) / len(question.choices))
         else:
-            scores.append(SCORERS.get(scorer)(answers[question.type], question))
+            scores.append(SCORERS.get(scorer)(answers[prior_group(question)], question))
     return scores

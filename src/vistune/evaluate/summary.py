@@ -73,7 +73,7 @@ class Summary(Section):
     differences: tuple[SystemDifference, ...]
     """Paired comparisons."""
     prior_answers: dict[str, str]
-    """Question type -> the answer the prior gives."""
+    """Type (and language) -> the answer the prior gives."""
     versions: dict[str, str] = {}
     """Package versions."""
     device: str = ""
