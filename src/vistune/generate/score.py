@@ -12,7 +12,7 @@ from vistune.data.collate import pack_row
 from vistune.data.encode import Encoder
 from vistune.generate.decode import AnsweringModel, Prompt, one_dtype
 from vistune.models.contract import VisionLanguageModel
-from vistune.types import ImageRef, Sample, Turn
+from vistune.types import EncodedSample, ImageRef, Sample, Turn
 
 _NO_LIMIT = 2**31
 
@@ -44,21 +44,7 @@ def score_choices(
     Raises:
         RowError: The prompt cannot be rendered, or an image cannot be read.
     """
-    samples = [
-        encoder.encode(
-            Sample(
-                id=f"choice {index}",
-                source="choices",
-                where="choices",
-                turns=(*prompt.turns, Turn("assistant", (choice,))),
-                # `encode` takes opened pictures as well as files.
-                images=cast("tuple[ImageRef, ...]", tuple(prompt.images)),
-            ),
-            max_tokens=_NO_LIMIT,
-            overlong="error",
-        )
-        for index, choice in enumerate(choices)
-    ]
+    samples = _conversations(encoder, prompt, choices)
     answering = cast("AnsweringModel", model)
     device = next(answering.parameters()).device
     row = pack_row(samples).to(device)
@@ -83,3 +69,21 @@ def score_choices(
         counts: Any = torch.bincount(row.target_sample_M, minlength=num).clamp(min=1)
         sums = sums / counts
     return [float(value) for value in sums]
+
+
+def _conversations(encoder: Encoder, prompt: Prompt, choices: Sequence[str]) -> list[EncodedSample]:
+    return [
+        encoder.encode(
+            Sample(
+                id=f"choice {index}",
+                source="choices",
+                where="choices",
+                turns=(*prompt.turns, Turn("assistant", (choice,))),
+                # `encode` takes opened pictures as well as files.
+                images=cast("tuple[ImageRef, ...]", tuple(prompt.images)),
+            ),
+            max_tokens=_NO_LIMIT,
+            overlong="error",
+        )
+        for index, choice in enumerate(choices)
+    ]
