@@ -65,12 +65,12 @@ class DatasetPlan:
     """
 
     seed: int = 17
-    stage1_shapes: int = 400
-    stage1_drawings: int = 800
+    stage1_shapes: int = 800
+    stage1_drawings: int = 2000
     stage2_shapes: int = 1000
-    stage2_singles: int = 1200
-    stage2_pairs: int = 700
-    stage2_several: int = 400
+    stage2_singles: int = 1000
+    stage2_pairs: int = 850
+    stage2_several: int = 450
     text_repeats: int = 3
     heldout_per_type: int = 48
     languages: tuple[str, ...] = ("en", "zh")
