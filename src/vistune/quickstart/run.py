@@ -376,8 +376,10 @@ def _report_data(
              f"vistune chat {model} --image {image}"),
             ("See every setting of stage 2 and where it comes from:",
              f"vistune recipe show {STAGE2_RECIPE}"),
-            ("Write it as a directory that transformers reads:",
-             f"vistune export {output / 'stage2'} --to hf --output {output / 'hf'}"),
+            ("Score it on questions of your own, next to the same model without images:",
+             f"vistune eval {model} QUESTIONS.jsonl --images FOLDER"),
+            ("Write the adapters for PEFT, and the connector beside them:",
+             f"vistune export {output / 'stage2'} --to adapter --output {output / 'adapter'}"),
         ),
         remarks=parts.remarks,
     )  # fmt: skip
