@@ -106,34 +106,23 @@ def mlp_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of `mlp_forward`: of h, and of the adapters of gate_up and down."""
     low_gate_up, low_down = saved.lowrank
-    active = None
-    if layer.down.adapters:
-        active = ops.glu(saved.gate_up_TF, activation=layer.activation).plain
-    d_active, g_down = layer.down.backward(Operand(grad_TD), active, low_down, ops)
-    del active
-    d_gate_up = ops.glu_backward_(
+    grad = Operand(grad_TD)
+    d_active, inner = layer.down.backward(grad, ops)
+    d_gate_up, active = ops.glu_backward_(
         d_active, saved.gate_up_TF, activation=layer.activation,
         column_scale_F=layer.gate_up.scale_O, keep=layer.gate_up.reads_plain,
+        again=bool(layer.down.adapters),
     )  # fmt: skip
     del d_active
-    n2 = normed(layer.gate_up, saved.h_TD, layer.norm2_D, layer, ops)
-    d_n2, g_gate_up = layer.gate_up.backward(d_gate_up, n2, low_gate_up, ops)
-    del d_gate_up, n2
-    d_h = ops.rms_norm_backward(
-        d_n2, saved.h_TD, saved.rstd_T, layer.norm2_D, grad_TD, unit_offset=layer.unit_offset
-    )
+    g_down = layer.down.adapter_gradients(grad, inner, active, low_down)
+    del active
+    d_n2, inner = layer.gate_up.backward(d_gate_up, ops)
+    d_h, n2 = ops.rms_norm_backward(
+        d_n2, saved.h_TD, saved.rstd_T, layer.norm2_D, grad_TD,
+        unit_offset=layer.unit_offset, again=bool(layer.gate_up.adapters),
+    )  # fmt: skip
+    g_gate_up = layer.gate_up.adapter_gradients(d_gate_up, inner, n2, low_gate_up)
     return d_h, [*g_gate_up, *g_down]
-
-
-def normed(
-    reader: Projection, x_TD: Tensor, weight_D: Tensor, layer: FusedLayer, ops: ModuleType
-) -> Tensor | None:
-    """Computes a norm's output again, for the adapters that read it; None where there are none."""
-    if not reader.adapters:
-        return None
-    again, _ = ops.rms_norm(x_TD, weight_D, eps=layer.eps, unit_offset=layer.unit_offset)
-    plain: Tensor = again.plain
-    return plain
 
 
 def _forward(
@@ -163,17 +152,19 @@ def _backward(
     low_qkv, low_out = saved.lowrank
     d_h, g_mlp = mlp_backward(layer, grad_TD, saved.mlp, ops)
     flat = saved.attended.detach().reshape(grad_TD.shape[0], -1)
-    d_attended, g_out = layer.out.backward(Operand(d_h), flat, low_out, ops)
+    d_attended, inner = layer.out.backward(Operand(d_h), ops)
+    g_out = layer.out.adapter_gradients(Operand(d_h), inner, flat, low_out)
     d_q, d_k, d_v = torch.autograd.grad(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
     d_qkv = Operand(ops.join_rotated(d_q, d_k, d_v, cos, sin).flatten(1))
     del d_q, d_k, d_v
-    n1 = normed(layer.qkv, saved.x_TD, layer.norm1_D, layer, ops)
-    d_n1, g_qkv = layer.qkv.backward(d_qkv, n1, low_qkv, ops)
-    d_x = ops.rms_norm_backward(
-        d_n1, saved.x_TD, saved.rstd_T, layer.norm1_D, d_h, unit_offset=layer.unit_offset
-    )
+    d_n1, inner = layer.qkv.backward(d_qkv, ops)
+    d_x, n1 = ops.rms_norm_backward(
+        d_n1, saved.x_TD, saved.rstd_T, layer.norm1_D, d_h,
+        unit_offset=layer.unit_offset, again=bool(layer.qkv.adapters),
+    )  # fmt: skip
+    g_qkv = layer.qkv.adapter_gradients(d_qkv, inner, n1, low_qkv)
     return d_x, [*g_qkv, *g_out, *g_mlp]
 
 

@@ -174,40 +174,55 @@ class Projection:
         )  # fmt: skip
         return dx
 
-    def backward(
-        self, grad: Operand, x_TI: Tensor | None, lowrank_TR: Tensor | None, ops: ModuleType
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the input and of the adapters.
+    def backward(self, grad: Operand, ops: ModuleType) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the input.
 
         Args:
-            grad: Gradient of the output.
-            x_TI: The forward input; needed with adapters.
-            lowrank_TR: From the forward pass; needed with adapters.
+            grad: Gradient of the output [T, out].
             ops: The elementwise kernels.
 
         Returns:
-            [T, in], and for each adapter the gradients of A and B.
+            [T, in], and the gradient of the adapters' inner values [T, sum of ranks].
         """
         dx = self.input_gradient(grad, ops)
         if not self.adapters:
-            return dx, []
-        assert x_TI is not None and lowrank_TR is not None
+            return dx, None
         grad_TO = _plain(grad)
-        inner, ups, at = [], [], 0
-        for adapter in self.adapters:
-            rank = adapter.down_RI.shape[0]
-            part = grad_TO[:, adapter.start : adapter.stop]
-            inner.append((part @ adapter.up_OR.to(part.dtype)).mul_(adapter.scale))
-            ups.append((part.t() @ lowrank_TR[:, at : at + rank]).mul_(adapter.scale))
-            at += rank
+        inner = [
+            (grad_TO[:, a.start : a.stop] @ a.up_OR.to(grad_TO.dtype)).mul_(a.scale)
+            for a in self.adapters
+        ]
         inner_TR = torch.cat(inner, dim=1) if len(inner) > 1 else inner[0]
         dx.addmm_(inner_TR, self._downs(dx.dtype))
+        return dx, inner_TR
+
+    def adapter_gradients(
+        self,
+        grad: Operand,
+        inner_TR: Tensor | None,
+        x_TI: Tensor | None,
+        lowrank_TR: Tensor | None,
+    ) -> list[Tensor]:
+        """Gradients of A and B of every adapter, in order; empty without adapters.
+
+        Args:
+            grad: Gradient of the output [T, out].
+            inner_TR: From `backward`.
+            x_TI: The forward input.
+            lowrank_TR: From `forward`.
+        """
+        if not self.adapters:
+            return []
+        assert inner_TR is not None and x_TI is not None and lowrank_TR is not None
+        grad_TO = _plain(grad)
         ranks = [a.down_RI.shape[0] for a in self.adapters]
-        down_grads = torch.split(inner_TR.t() @ x_TI, ranks)
+        downs = torch.split(inner_TR.t() @ x_TI, ranks)
+        lowranks = torch.split(lowrank_TR, ranks, dim=1)
         grads: list[Tensor] = []
-        for adapter, down, up in zip(self.adapters, down_grads, ups, strict=True):
+        for adapter, down, lowrank in zip(self.adapters, downs, lowranks, strict=True):
+            up = (grad_TO[:, adapter.start : adapter.stop].t() @ lowrank).mul_(adapter.scale)
             grads += [down.to(adapter.down_RI.dtype), up.to(adapter.up_OR.dtype)]
-        return dx, grads
+        return grads
 
 
 class Fp8Linear(nn.Module):

@@ -20,7 +20,6 @@ from vistune.models.fused.layer import (
     MlpSaved,
     mlp_backward,
     mlp_forward,
-    normed,
     wants,
 )
 from vistune.models.fused.projection import Projection
@@ -116,26 +115,29 @@ def _backward(
     low_q, low_kv, low_out = saved.lowrank
     d_h, g_mlp = mlp_backward(layer, grad_UD, saved.mlp, ops)
     flat = saved.attended.detach().reshape(grad_UD.shape[0], -1)
-    d_attended, g_out = layer.out.backward(Operand(d_h), flat, low_out, ops)
+    d_attended, inner = layer.out.backward(Operand(d_h), ops)
+    g_out = layer.out.adapter_gradients(Operand(d_h), inner, flat, low_out)
     d_q, d_k, d_v = torch.autograd.grad(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
     d_q, d_kv = d_q.contiguous(), torch.cat([d_k, d_v], dim=1)
     ops.rotate_(d_q, cos[index_U], sin[index_U], num_heads=layer.num_heads, inverse=True)
     ops.rotate_(d_kv, cos, sin, num_heads=layer.num_kv_heads, inverse=True)
-    x_UD = x_TD[index_U]
-    n_U = normed(tail.query, x_UD, layer.norm1_D, layer, ops)
-    d_n_U, g_q = tail.query.backward(Operand(d_q.flatten(1)), n_U, low_q, ops)
-    n_T = normed(tail.key_value, x_TD, layer.norm1_D, layer, ops)
-    d_n_T, g_kv = tail.key_value.backward(Operand(d_kv.flatten(1)), n_T, low_kv, ops)
-    offset = layer.unit_offset
-    d_x_UD = ops.rms_norm_backward(
-        d_n_U, x_UD, saved.rstd_U, layer.norm1_D, d_h, unit_offset=offset
-    )
+    of_query, of_kv = Operand(d_q.flatten(1)), Operand(d_kv.flatten(1))
+    offset, x_UD = layer.unit_offset, x_TD[index_U]
+    d_n_U, inner = tail.query.backward(of_query, ops)
+    d_x_UD, n_U = ops.rms_norm_backward(
+        d_n_U, x_UD, saved.rstd_U, layer.norm1_D, d_h,
+        unit_offset=offset, again=bool(tail.query.adapters),
+    )  # fmt: skip
+    g_q = tail.query.adapter_gradients(of_query, inner, n_U, low_q)
     residual_TD = torch.zeros_like(x_TD).index_copy_(0, index_U, d_x_UD)
-    d_x = ops.rms_norm_backward(
-        d_n_T, x_TD, saved.rstd_T, layer.norm1_D, residual_TD, unit_offset=offset
-    )
+    d_n_T, inner = tail.key_value.backward(of_kv, ops)
+    d_x, n_T = ops.rms_norm_backward(
+        d_n_T, x_TD, saved.rstd_T, layer.norm1_D, residual_TD,
+        unit_offset=offset, again=bool(tail.key_value.adapters),
+    )  # fmt: skip
+    g_kv = tail.key_value.adapter_gradients(of_kv, inner, n_T, low_kv)
     return d_x, [*g_q, *g_kv, *g_out, *g_mlp]
 
 

@@ -76,7 +76,8 @@ def rms_norm_backward(
     residual_TD: Tensor,
     *,
     unit_offset: bool,
-) -> Tensor:
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Gradient of `rms_norm` with respect to its input, plus the residual branch's gradient.
 
     Args:
@@ -86,16 +87,22 @@ def rms_norm_backward(
         weight_D: The norm's weight.
         residual_TD: Gradient that reaches the input past the norm.
         unit_offset: As in `rms_norm`.
+        again: Also give the forward output once more, which adapters read.
 
     Returns:
-        [T, D] in the format of `x_TD`.
+        [T, D] in the format of `x_TD`, and the forward output or None.
     """
     # y = w x r with r = (mean(x^2) + eps)^-1/2, so dx = r (g - h mean(g h)), g = w dy, h = x r.
     weight = weight_D.float() + (1.0 if unit_offset else 0.0)
     hat = x_TD.float() * rstd_T[:, None]
     grad = grad_TD.float() * weight
     dx = rstd_T[:, None] * (grad - hat * (grad * hat).mean(-1, keepdim=True))
-    return (dx + residual_TD.float()).to(x_TD.dtype)
+    dx = (dx + residual_TD.float()).to(x_TD.dtype)
+    if not again:
+        return dx, None
+    if unit_offset:
+        return dx, (hat * weight).to(x_TD.dtype)
+    return dx, weight_D * hat.to(x_TD.dtype)
 
 
 def rotate_(
@@ -138,7 +145,8 @@ def glu_backward_(
     activation: Activation,
     column_scale_F: Tensor | None = None,
     keep: bool = True,
-) -> Operand:
+    again: bool = False,
+) -> tuple[Operand, Tensor | None]:
     """Gradient of `glu` with respect to its input; may be written over `gate_up_TF`.
 
     Args:
@@ -147,6 +155,10 @@ def glu_backward_(
         activation: As in `glu`.
         column_scale_F: [2F]; when given, the gradient times it is also given in FP8.
         keep: With `column_scale_F`, also give the plain gradient.
+        again: Also give the forward output once more, which adapters read.
+
+    Returns:
+        The gradient [T, 2F], and the forward output [T, F] or None.
     """
     gate, up = (half.float() for half in gate_up_TF.chunk(2, dim=-1))
     with torch.enable_grad():
@@ -156,7 +168,10 @@ def glu_backward_(
     grad = grad_TF.float()
     both = torch.cat([grad * up * slope, grad * active.detach()], dim=-1).to(gate_up_TF.dtype)
     quantize = column_scale_F is not None
-    return _operand(both, quantize=quantize, keep=keep, column_scale_D=column_scale_F)
+    output = None
+    if again:
+        output = active.detach().to(gate_up_TF.dtype) * up.to(gate_up_TF.dtype)
+    return _operand(both, quantize=quantize, keep=keep, column_scale_D=column_scale_F), output
 
 
 def join_rotated(

@@ -47,8 +47,9 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    dy, x, rstd, weight, residual, dx, D, OFFSET: tl.constexpr, BLOCK: tl.constexpr
-):
+    dy, x, rstd, weight, residual, dx, y, D,
+    OFFSET: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
@@ -61,6 +62,11 @@ def _rms_norm_backward_kernel(
     if OFFSET:
         w = w + 1.0
     hat = v * r
+    if AGAIN:
+        if OFFSET:
+            tl.store(y + at, hat * w, mask=mask)
+        else:
+            tl.store(y + at, hat.to(x.dtype.element_ty).to(tl.float32) * w, mask=mask)
     g = g * w
     out = r * (g - hat * (tl.sum(g * hat, axis=0) / D)) + res
     tl.store(dx + at, out, mask=mask)
@@ -133,8 +139,9 @@ def _glu_kernel(
 
 @triton.jit
 def _glu_backward_kernel(
-    grad, gate_up, column_scale, fp8, scale, stride, F,
-    SILU: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    grad, gate_up, column_scale, fp8, scale, out, stride, F,
+    SILU: tl.constexpr, AGAIN: tl.constexpr, KEEP: tl.constexpr,
+    QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +150,11 @@ def _glu_backward_kernel(
     gate = tl.load(gate_up + row * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + F + cols, mask=mask, other=0.0).to(tl.float32)
     d_gate = (g * up * _act_slope(gate, SILU)).to(gate_up.dtype.element_ty)
-    d_up = (g * _act(gate, SILU)).to(gate_up.dtype.element_ty)
+    active = _act(gate, SILU)
+    d_up = (g * active).to(gate_up.dtype.element_ty)
+    if AGAIN:
+        kept = active.to(gate_up.dtype.element_ty).to(tl.float32)
+        tl.store(out + row * F + cols, kept * up, mask=mask)
     if KEEP:
         tl.store(gate_up + row * stride + cols, d_gate, mask=mask)
         tl.store(gate_up + row * stride + F + cols, d_up, mask=mask)
@@ -243,16 +254,18 @@ def rms_norm_backward(
     residual_TD: Tensor,
     *,
     unit_offset: bool,
-) -> Tensor:
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """See `torch_ops.rms_norm_backward`."""
     rows, width = x_TD.shape
     dx = torch.empty_like(x_TD)
+    y = torch.empty_like(x_TD) if again else None
     block = triton.next_power_of_2(width)
     _rms_norm_backward_kernel[(rows,)](
-        grad_TD, x_TD, rstd_T, weight_D, residual_TD, dx, width,
-        OFFSET=unit_offset, BLOCK=block, num_warps=_warps(block),
+        grad_TD, x_TD, rstd_T, weight_D, residual_TD, dx, dx if y is None else y, width,
+        OFFSET=unit_offset, AGAIN=again, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return dx
+    return dx, y
 
 
 def rotate_(
@@ -291,19 +304,23 @@ def glu_backward_(
     activation: Activation,
     column_scale_F: Tensor | None = None,
     keep: bool = True,
-) -> Operand:
+    again: bool = False,
+) -> tuple[Operand, Tensor | None]:
     """See `torch_ops.glu_backward_`."""
     rows, width = grad_TF.shape
     quantize = column_scale_F is not None
     keep = keep or not quantize
     fp8, scale = _fp8_like(rows, 2 * width, grad_TF.device) if quantize else (grad_TF, grad_TF)
+    out = torch.empty_like(grad_TF) if again else None
     block = triton.next_power_of_2(width) if quantize else 2048
     _glu_backward_kernel[(rows, triton.cdiv(width, block))](
         grad_TF, gate_up_TF, column_scale_F if quantize else grad_TF, fp8, scale,
-        gate_up_TF.stride(0), width, SILU=activation == "silu", KEEP=keep, QUANTIZE=quantize,
-        BLOCK=block, num_warps=_warps(block),
+        grad_TF if out is None else out,
+        gate_up_TF.stride(0), width, SILU=activation == "silu", AGAIN=again, KEEP=keep,
+        QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return Operand(gate_up_TF if keep else None, *((fp8, scale) if quantize else (None, None)))
+    gradient = Operand(gate_up_TF if keep else None, *((fp8, scale) if quantize else (None, None)))
+    return gradient, out
 
 
 def join_rotated(

@@ -1,0 +1,98 @@
+"""The Triton kernels compute what the torch reference computes, to the last bits of bf16."""
+
+import pytest
+import torch
+
+from vistune.models.fused import torch_ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROWS, WIDTH = 300, 4096 + 64
+# bf16 keeps 8 bits: values that round differently are rare, and then off by 2^-8 of themselves.
+BF16, FP8 = 2e-3, 4e-3
+
+
+@pytest.fixture
+def ops():
+    from vistune.models.fused import triton_ops
+
+    return triton_ops
+
+
+def draw(*shape, seed=0, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def close(found, expected, tolerance):
+    difference = (found.float() - expected.float()).norm()
+    assert difference <= tolerance * expected.float().norm()
+
+
+def same_operand(found, expected):
+    for name in ("plain", "fp8"):
+        assert (getattr(found, name) is None) == (getattr(expected, name) is None)
+    if expected.plain is not None:
+        close(found.plain, expected.plain, BF16)
+    if expected.fp8 is not None:
+        close(found.fp8.float() * found.scale, expected.fp8.float() * expected.scale, FP8)
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rms_norm_both_ways(ops, unit_offset):
+    x, weight = draw(ROWS, WIDTH), 1 + 0.1 * draw(WIDTH, seed=1)
+    grad, residual = draw(ROWS, WIDTH, seed=2), draw(ROWS, WIDTH, seed=3)
+    norm = {"eps": 1e-5, "unit_offset": unit_offset}
+    for forms in ({}, {"quantize": True}, {"quantize": True, "keep": False}):
+        found, rstd = ops.rms_norm(x, weight, **norm, **forms)
+        expected, rstd_expected = torch_ops.rms_norm(x, weight, **norm, **forms)
+        same_operand(found, expected)
+        close(rstd, rstd_expected, 1e-6)
+    for again in (False, True):
+        back = {"unit_offset": unit_offset, "again": again}
+        found = ops.rms_norm_backward(grad, x, rstd, weight, residual, **back)
+        expected = torch_ops.rms_norm_backward(grad, x, rstd, weight, residual, **back)
+        close(found[0], expected[0], BF16)
+        assert (found[1] is None) == (not again)
+        if again:
+            close(found[1], expected[1], BF16)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_gated_unit_both_ways(ops, activation, quantize):
+    gate_up, grad = draw(ROWS, 2 * WIDTH), draw(ROWS, WIDTH, seed=1)
+    forward = {"activation": activation, "quantize": quantize}
+    same_operand(ops.glu(gate_up, **forward), torch_ops.glu(gate_up, **forward))
+    scale = torch.rand(2 * WIDTH, device="cuda") if quantize else None
+    back = {"activation": activation, "column_scale_F": scale, "again": True}
+    found, output = ops.glu_backward_(grad, gate_up.clone(), **back)
+    expected, output_expected = torch_ops.glu_backward_(grad, gate_up.clone(), **back)
+    same_operand(found, expected)
+    close(output, output_expected, BF16)
+
+
+def test_rotary_positions_there_and_back(ops):
+    states = draw(ROWS, 12, 128)
+    angles = 100 * torch.rand(ROWS, 64, device="cuda")
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+    turned, expected = states.clone(), states.clone().float()
+    ops.rotate_(turned, cos, sin, num_heads=9, inverse=False)
+    torch_ops.rotate_(expected, cos, sin, num_heads=9, inverse=False)
+    close(turned, expected, BF16)
+    assert torch.equal(turned[:, 9:], states[:, 9:])
+    ops.rotate_(turned, cos, sin, num_heads=9, inverse=True)
+    close(turned, states, BF16)
+    q, k, v = states.split([6, 3, 3], dim=1)
+    joined = ops.join_rotated(q, k, v, cos, sin)
+    close(joined, torch_ops.join_rotated(q.float(), k.float(), v.float(), cos, sin), BF16)
+
+
+def test_rows_in_fp8(ops):
+    x, scale = draw(ROWS, WIDTH), torch.rand(WIDTH, device="cuda")
+    for column_scale in (None, scale):
+        values, scales = ops.quantize_rows(x, column_scale_D=column_scale)
+        expected, expected_scales = torch_ops.quantize_rows(x, column_scale_D=column_scale)
+        close(values.float() * scales, expected.float() * expected_scales, FP8)
