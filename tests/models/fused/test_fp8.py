@@ -41,7 +41,7 @@ def test_fp8_is_near_bf16_both_ways_and_frees_the_weights():
     model = build()
     before = sum(p.numel() for p in model.model.layers.parameters())
     rounded = run(fuse(model.model, device=torch.device("cuda"), fp8=True), x)
-    # e4m3 keeps 4 bits, so one product is off by about 4 %; beside residuals of unit size the layers
+    # e4m3 keeps 4 bits, so a product is off by about 4 %; beside residuals of unit size the layers
     # add little to the row (1.1 % and 1.4 % computed with the reference operations).
     for a, b in zip(exact, rounded, strict=True):
         assert (a.float() - b.float()).norm() <= 0.03 * a.float().norm()
