@@ -168,7 +168,7 @@ def test_every_format_reads_or_refuses_a_row(
     except RowError as error:
         assert error.reason
         return
-    make_encoder()._tokenise(sample.turns, [(8, 8)] * len(sample.images))
+    make_encoder().tokenise_turns(sample.turns, [(8, 8)] * len(sample.images))
 
 
 @settings(

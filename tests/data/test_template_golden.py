@@ -90,9 +90,9 @@ def test_ids_and_labels_equal_the_public_code(name: str) -> None:
             continue  # the public code counts the answer in front, which our readers drop
         if case["reference_status"] == "error":
             with pytest.raises(RowError, match="caption"):
-                encoder._tokenise(turns, [(28, 28)] * num_images)
+                encoder.tokenise_turns(turns, [(28, 28)] * num_images)
             continue
-        tokens = encoder._tokenise(turns, [(28, 28)] * num_images)
+        tokens = encoder.tokenise_turns(turns, [(28, 28)] * num_images)
         ids = np.where(tokens.ids == encoder.image_token_id, IMAGE_PLACEHOLDER, tokens.ids)
         labels = np.where(tokens.mask, tokens.ids, IGNORE_INDEX)
         if case["id"] in ONE_BLANK_SHORT.get(name, ()):

@@ -131,7 +131,7 @@ class Encoder:
         """
         try:
             sizes = [probe(image, self.image_plan) for image in sample.images]
-            return self._tokenise(sample.turns, sizes)
+            return self.tokenise_turns(sample.turns, sizes)
         except RowError as error:
             raise error.at(_place(sample)) from error
 
@@ -163,7 +163,7 @@ class Encoder:
                 images = []
                 sizes = [probe(image, self.image_plan) for image in sample.images]
             tokens = fit(
-                self._tokenise(sample.turns, sizes), max_tokens=max_tokens, policy=overlong
+                self.tokenise_turns(sample.turns, sizes), max_tokens=max_tokens, policy=overlong
             )
         except RowError as error:
             raise error.at(_place(sample)) from error
@@ -191,7 +191,7 @@ class Encoder:
         """
         loaded = [load(image, self.image_plan) for image in images]
         sizes = [(image.height, image.width) for image in loaded]
-        tokens = self._tokenise(turns, sizes, add_generation_prompt=True)
+        tokens = self.tokenise_turns(turns, sizes, add_generation_prompt=True)
         return EncodedSample(
             id="prompt",
             source="",
@@ -255,13 +255,23 @@ class Encoder:
 
     # --- tokens -----------------------------------------------------------------------------
 
-    def _tokenise(
+    def tokenise_turns(
         self,
         turns: Sequence[Turn],
         sizes: Sequence[Size],
         *,
         add_generation_prompt: bool = False,
     ) -> Tokens:
+        """Returns ids and mask of a conversation whose images' sizes are known.
+
+        Args:
+            turns: The conversation.
+            sizes: (height, width) of its images, by index.
+            add_generation_prompt: End with what precedes an answer.
+
+        Raises:
+            RowError: It cannot be rendered, or its text spells the image token.
+        """
         segments = self.template.segments(
             turns, self.system, add_generation_prompt=add_generation_prompt
         )
@@ -274,14 +284,14 @@ class Encoder:
         position = len(prefix)
         for is_image, run in itertools.groupby(segments, key=lambda s: s.image is not None):
             if not is_image:
-                new, mask = self._text(list(run))
+                new, mask = self.tokenise_text(list(run))
                 ids.append(new)
                 masks.append(mask)
                 position += new.size
                 continue
             for segment in run:
                 assert segment.image is not None
-                number = self._num_image_tokens(segment.image, sizes)
+                number = self.num_image_tokens(segment.image, sizes)
                 starts.append(position)
                 lengths.append(number)
                 order.append(segment.image)
@@ -296,7 +306,16 @@ class Encoder:
             image_order=tuple(order),
         )
 
-    def _num_image_tokens(self, image: int, sizes: Sequence[Size]) -> int:
+    def num_image_tokens(self, image: int, sizes: Sequence[Size]) -> int:
+        """Returns the tokens of an image.
+
+        Args:
+            image: Its index in the sample.
+            sizes: (height, width) of the sample's images.
+
+        Raises:
+            RowError: There is no such image.
+        """
         if image >= len(sizes):
             raise RowError(
                 f"the text speaks of image {image + 1} of {len(sizes)}",
@@ -305,7 +324,14 @@ class Encoder:
             )
         return self.grid.num_tokens(*self.image_plan.size_for(*sizes[image]))
 
-    def _text(self, run: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def tokenise_text(
+        self, run: Sequence[Segment]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Returns ids and mask of segments of text, which are tokenised as one text.
+
+        Raises:
+            RowError: The text spells the image token.
+        """
         encoding = self._encode_text("".join(segment.text for segment in run))
         ids = np.array(encoding.ids, dtype=np.int64)
         if (ids == self.image_token_id).any():
@@ -335,6 +361,11 @@ class Encoder:
     def _backend_ids(self, text: str) -> list[int]:
         ids: list[int] = self._encode_text(text).ids
         return ids
+
+    @property
+    def num_leading_tokens(self) -> int:
+        """Tokens that stand in front of every conversation, before anything the template says."""
+        return len(self._prefix_ids) if self.template.add_bos else 0
 
     @functools.cached_property
     def _prefix_ids(self) -> tuple[int, ...]:
