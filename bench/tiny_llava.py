@@ -114,7 +114,7 @@ def _train_tokenizer(rows: list[dict[str, Any]]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>", "<pad>", "<image>"],
+        special_tokens=["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

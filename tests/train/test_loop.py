@@ -313,3 +313,22 @@ def test_changed_parts_are_refused_on_resume(tiny, tmp_path):
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match="language were changed"):
         train(run_recipe, resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize("tune", ["freeze", "lora"])
+def test_fused_layers_learn_the_same(tiny, tmp_path, tune):
+    language = {"mode": "freeze"}
+    if tune == "lora":
+        language = {"mode": "lora", "rank": 4, "alpha": 8}
+    tuned = {"connector": FULL, "language": language, "head": {"mode": "freeze"}}
+    for name in ("off", "on"):
+        stage = resolved(tiny, tmp_path / name, tune=tuned, train={"fused": name})
+        train(stage, console=QUIET)
+    for plain, fused in zip(losses(tmp_path / "off"), losses(tmp_path / "on"), strict=True):
+        # float32 with another order of sums, over six steps
+        assert fused == pytest.approx(plain, rel=1e-5)
+
+
+def test_fused_layers_are_refused_where_base_weights_train(tiny, tmp_path):
+    with pytest.raises(ModelError, match="cannot run fused: base weights train"):
+        train(resolved(tiny, tmp_path / "a", train={"fused": "on"}), console=QUIET)
