@@ -98,6 +98,7 @@ def data(folder: Path, right: dict[str, int]) -> ReportData:
         device="cpu: x",
         timings=[("train", 3700.0)],
         commands=[("Talk:", 'vistune chat m --image "a.png"')],
+        about_questions="Balanced <answers>.",
         remarks=["a stand-in was used"],
     )
 
@@ -143,6 +144,7 @@ def test_it_says_what_was_measured(tmp_path: Path) -> None:
         "1,006",  # the median of the nine measured rates
         "CC-BY-4.0",
         "a stand-in was used",
+        "Balanced &lt;answers&gt;.",
         'lang="zh"',
         'aria-label="right"',
         'aria-label="wrong"',

@@ -96,6 +96,7 @@ class ReportData:
         device: Where it ran.
         timings: What took how long, in seconds, in order.
         commands: What to type next: description and command.
+        about_questions: What the held-out questions are, type by type.
         remarks: What a reader must be told, such as a stand-in.
     """
 
@@ -107,6 +108,7 @@ class ReportData:
     device: str
     timings: Sequence[tuple[str, float]]
     commands: Sequence[tuple[str, str]]
+    about_questions: str = ""
     remarks: Sequence[str] = field(default_factory=tuple)
 
 
