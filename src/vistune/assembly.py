@@ -28,7 +28,7 @@ from vistune.recipe import DataConfig, ModelConfig, Recipe, TuneConfig
 from vistune.types import ImageDefaults
 
 if TYPE_CHECKING:
-    from vistune.models.compose import ComposedVLM
+    from vistune.models.whole import WholeModel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Assembled:
         manifest: The description found there; None for a directory of another project.
     """
 
-    model: ComposedVLM
+    model: WholeModel
     encoder: Encoder
     origin: Path
     manifest: Manifest | None = None
@@ -86,8 +86,8 @@ def _draw_from(path: Path, data: DataConfig | None) -> Blueprint:
         facts = describe_directory(folder)
         return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
     manifest = read_manifest(folder)
-    parts = manifest.parts if manifest.kind == "checkpoint" else None
-    parts = parts or ModelConfig(from_checkpoint=str(folder))
+    own_parts = manifest.parts if manifest.kind == "checkpoint" else None
+    parts = own_parts or ModelConfig(from_checkpoint=str(folder))
     whole = parts.from_checkpoint
     facts = describe(parts) if whole is None else describe_directory(Path(whole))
     encoder = _encoder(data, facts, inherited=manifest.encoder)
@@ -103,14 +103,17 @@ def _encoder(
     if data is None:
         if before is not None:
             return before
-        data = DataConfig.model_construct()
+        data = DataConfig.model_construct(train=())
     template, system = None, data.system
     if before is not None and data.template == "auto":
         template, system = before.template, before.system if system is None else system
     defaults = facts.image_defaults
     if before is not None:
         plan = before.image_plan
-        defaults = ImageDefaults(plan.size_px, plan.mean, plan.std, plan.resample)
+        defaults = ImageDefaults(plan.size_px, plan.mean, plan.std, plan.resample, plan.mode)
+    elif data.template == "auto":
+        # A family's template; `auto` again where the tokenizer brings its own.
+        data = data.model_copy(update={"template": facts.template})
     return Encoder(
         tokenizer=facts.tokenizer,
         template=template or resolve_template(data.template, facts.tokenizer),
@@ -121,7 +124,7 @@ def _encoder(
     )
 
 
-def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> ComposedVLM:
+def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:
     """Loads a described model: its parts, then the weights of the checkpoint it goes on from.
 
     Adapters of that checkpoint are merged, so that what comes out has no adapters.
@@ -136,7 +139,7 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> ComposedVLM
     """
     whole = blueprint.parts.from_checkpoint
     if whole is None:
-        model = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
+        model: WholeModel = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
     else:
         model = load_directory(Path(whole), blueprint.facts, dtype=dtype)
     if blueprint.checkpoint is not None:
@@ -145,7 +148,7 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> ComposedVLM
     return model
 
 
-def lay_over(model: ComposedVLM, checkpoint: Path) -> Manifest:
+def lay_over(model: WholeModel, checkpoint: Path) -> Manifest:
     """Brings a model built from a checkpoint's parts to that checkpoint's state.
 
     Args:

@@ -134,12 +134,14 @@ class ImageDefaults:
         mean: Per-channel mean, on pixels in [0, 1].
         std: Per-channel standard deviation, on pixels in [0, 1].
         resample: Pillow's name of the filter.
+        mode: How an image becomes a square, as in `data.image.mode`.
     """
 
     size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mode: Literal["crop", "pad", "resize"] = "pad"
 
 
 @dataclass(slots=True)

@@ -27,6 +27,9 @@ from vistune.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.errors import CheckpointError
 
+SAT_CONFIG_NAME = "model_config.json"
+"""What describes a model in SwissArmyTransformer's layout."""
+
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
@@ -127,7 +130,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
                 fix="let it reach its first checkpoint (save.every_steps) or its end",
             )
         return found.folder
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / SAT_CONFIG_NAME).is_file():
         return folder
     raise CheckpointError(
         "this is neither a run, nor a checkpoint, nor a model directory",

@@ -84,7 +84,7 @@ class ImagePlan(Section):
                 expected=f"at most {_PILLOW_LIMIT}",
             )
         return cls(
-            mode=config.mode,
+            mode=defaults.mode if config.mode == "auto" else config.mode,
             size_px=defaults.size_px if config.size_px == "auto" else config.size_px,
             mean=defaults.mean if config.mean == "auto" else config.mean,
             std=defaults.std if config.std == "auto" else config.std,

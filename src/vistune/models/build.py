@@ -39,6 +39,7 @@ def build_model(
             where="model.from_checkpoint",
             fix="load a whole model with checkpoint.layouts.load_directory",
         )
+    assert facts.tower is not None
     language_model, _ = load_language_model(config.language_model, facts.text_config, dtype=dtype)
     vision_tower, _ = load_tower(config.vision_tower, facts.vision_config, facts.tower, dtype=dtype)
     fold = config.connector.pixel_shuffle

@@ -33,7 +33,8 @@ class ModelFacts:
         image_defaults: What the tower's preprocessor file says.
         vision_config: Config of the part of the encoder that is used.
         text_config: Config of the language model.
-        tower: Which part of the encoder is used.
+        tower: Which part of the encoder is used; None for a model of a family, which is whole.
+        template: Template that `data.template=auto` stands for; `auto` for the tokenizer's own.
     """
 
     tokenizer: Any
@@ -42,7 +43,8 @@ class ModelFacts:
     image_defaults: ImageDefaults
     vision_config: Any
     text_config: Any
-    tower: TowerPlan
+    tower: TowerPlan | None
+    template: str = "auto"
 
 
 def describe(config: ModelConfig) -> ModelFacts:

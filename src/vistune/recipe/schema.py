@@ -211,9 +211,10 @@ class SourceConfig(Section):
 class ImageConfig(Section):
     """How pixels reach the tower. `auto` is what the tower's own preprocessor file says."""
 
-    mode: Literal["crop", "pad", "resize"] = "pad"
+    mode: Literal["crop", "pad", "resize"] | Auto = "auto"
     """`crop`: short side to `size_px`, centre square. `pad`: to a square with the mean colour, then
-    to `size_px`. `resize`: to the square, aspect not kept."""
+    to `size_px`. `resize`: to the square, aspect not kept. `auto`: that of the model gone on from,
+    `pad` for one put together from parts."""
     size_px: PositiveInt | Auto = "auto"
     """Side of the square the tower sees."""
     mean: tuple[float, float, float] | Auto = "auto"

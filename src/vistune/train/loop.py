@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from vistune.assembly import Blueprint
     from vistune.data.check import CheckReport
     from vistune.data.loader import TrainData
-    from vistune.models.compose import ComposedVLM
     from vistune.models.tune import Tuning
+    from vistune.models.whole import WholeModel
 
 
 def train(
@@ -171,7 +171,7 @@ def _data(
 class _Built:
     """A model whose trained parameters are chosen and in place."""
 
-    model: ComposedVLM
+    model: WholeModel
     tuning: Tuning
     inherited: dict[str, torch.Tensor]
 
@@ -214,7 +214,7 @@ def _model(
     return _Built(model, tuning, inherited)
 
 
-def _changed_by(checkpoint: Path | None, model: ComposedVLM) -> dict[str, torch.Tensor]:
+def _changed_by(checkpoint: Path | None, model: WholeModel) -> dict[str, torch.Tensor]:
     """Returns copies of the weights in which a model gone on from differs from its parts.
 
     Args:
@@ -241,6 +241,8 @@ def _job(
     built: _Built,
     console: Console,
 ) -> Job:
+    from vistune.models.compose import ComposedVLM
+
     fingerprints = fingerprint_parts(blueprint.parts)
     encoder_state = blueprint.encoder.to_state()
     # Read now: the checkpoint gone on from may be rotated away while the run goes on.
@@ -276,7 +278,7 @@ def _job(
         manifest=manifest,
         hooks=hooks,
         console=console,
-        reads_tail=built.model.fused is not None,
+        reads_tail=isinstance(built.model, ComposedVLM) and built.model.fused is not None,
         inherited=built.inherited,
         heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
     )
@@ -339,7 +341,7 @@ def _hooks(
 
 
 def _asker(
-    recipe: Recipe, device: Device, blueprint: Blueprint, model: ComposedVLM
+    recipe: Recipe, device: Device, blueprint: Blueprint, model: WholeModel
 ) -> Callable[[], Sequence[Answer]]:
     """Returns what asks the recipe's questions of the model as it then is."""
     from vistune.generate import Prompt, generate

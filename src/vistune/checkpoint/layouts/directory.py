@@ -1,23 +1,39 @@
 """Reads a directory that holds a whole model, whatever its layout or name.
 
-Known are vistune's own layout, transformers' LLaVA and the original LLaVA.
+Known are vistune's own layout, transformers' LLaVA, the original LLaVA, and the families of
+`vistune.models.families` in their public layouts.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from vistune.checkpoint.layouts import llava_hf, llava_original, vistune_model
+from vistune.checkpoint.load import SAT_CONFIG_NAME
 from vistune.errors import ModelError
-from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, read_json
+
+if TYPE_CHECKING:
+    from vistune.models.whole import WholeModel
 
 
 class Layout(Protocol):
-    """One public layout: a module of this package."""
+    """One public layout."""
+
+    def describe(self, folder: Path) -> ModelFacts:
+        """Reads configs, preprocessor file and tokenizer; no weights."""
+        ...
+
+    def load(self, folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> WholeModel:
+        """Loads the model, every weight accounted for."""
+        ...
+
+
+class ComposedLayout(Layout, Protocol):
+    """A layout that its config alone tells: a module of this package."""
 
     NAME: str
 
@@ -25,16 +41,8 @@ class Layout(Protocol):
         """Whether a directory's config.json is of this layout."""
         ...
 
-    def describe(self, folder: Path) -> ModelFacts:
-        """Reads configs, preprocessor file and tokenizer; no weights."""
-        ...
 
-    def load(self, folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
-        """Loads the model, every weight accounted for."""
-        ...
-
-
-LAYOUTS: tuple[Layout, ...] = (vistune_model, llava_hf, llava_original)
+LAYOUTS: tuple[ComposedLayout, ...] = (vistune_model, llava_hf, llava_original)
 
 
 def layout_of(folder: Path) -> Layout:
@@ -50,21 +58,28 @@ def layout_of(folder: Path) -> Layout:
             fix="name a run, a checkpoint of it, or a model directory",
         )
     file = folder / "config.json"
-    if not file.is_file():
+    if not file.is_file() and not (folder / SAT_CONFIG_NAME).is_file():
         raise ModelError(
             "this directory has no config.json",
             where=str(folder),
             expected="a run, a checkpoint of it, or a model directory",
         )
-    values = read_json(file)
+    values = read_json(file) if file.is_file() else {}
     for layout in LAYOUTS:
         if layout.matches(values):
             return layout
+    # The families' classes cost a second to import, which most runs need not wait for.
+    from vistune.checkpoint.layouts.family_model import own_layout, public_layout
+    from vistune.models.families import FAMILIES
+
+    found = own_layout(values) or public_layout(folder)
+    if found is not None:
+        return found
     raise ModelError(
         "this is no vision-language model of a layout that vistune reads",
         where=str(file),
         got=f"model_type {values.get('model_type')}, architectures {values.get('architectures')}",
-        expected=", ".join(layout.NAME for layout in LAYOUTS),
+        expected=", ".join([*(layout.NAME for layout in LAYOUTS), *FAMILIES]),
         fix="name its parts instead: model.vision_tower.path and model.language_model.path",
     )
 
@@ -81,7 +96,7 @@ def describe_directory(path: Path) -> ModelFacts:
     return layout_of(path).describe(path)
 
 
-def load_directory(path: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
+def load_directory(path: Path, facts: ModelFacts, *, dtype: torch.dtype) -> WholeModel:
     """Loads a whole model.
 
     Args:

@@ -106,6 +106,7 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
     from vistune.models.families.files import read_tensors
 
     check_config(facts.text_config, where=str(folder))
+    assert facts.tower is not None
     config = ComposedConfig.compose(
         vision_config=facts.vision_config,
         text_config=facts.text_config,

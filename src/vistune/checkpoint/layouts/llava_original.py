@@ -126,6 +126,7 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
 
     values = read_json(folder / "config.json")
     check_config(facts.text_config, where=str(folder))
+    assert facts.tower is not None
     config = ComposedConfig.compose(
         vision_config=facts.vision_config,
         text_config=facts.text_config,

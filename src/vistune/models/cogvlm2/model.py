@@ -64,6 +64,7 @@ def image_defaults(config: CogVLM2Config) -> ImageDefaults:
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
         resample="bicubic",
+        mode="resize",
     )
 
 

@@ -82,6 +82,10 @@ class CogVLM2Family:
             and "model.layers.0.self_attn.vision_expert_query_key_value.weight" in keys
         )
 
+    def settings(self, directory: Path) -> CogVLM2Config:
+        """Returns the config of a public directory."""
+        return CogVLM2Config(**read_config(directory))
+
     def load(self, directory: Path, dtype: torch.dtype) -> CogVLM2ForConditionalGeneration:
         """Loads a public directory; see `load_cogvlm2`."""
         return load_cogvlm2(directory, dtype)

@@ -39,6 +39,17 @@ class Family(Protocol):
         """
         ...
 
+    def settings(self, directory: Path) -> PreTrainedConfig:
+        """Returns the config of the model that `load` builds; no weight is read.
+
+        Args:
+            directory: A model directory in the public layout.
+
+        Raises:
+            ModelError: The config does not describe this family.
+        """
+        ...
+
     def load(self, directory: Path, dtype: torch.dtype) -> torch.nn.Module:
         """Loads the model of a directory, every tensor accounted for.
 

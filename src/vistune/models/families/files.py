@@ -116,6 +116,27 @@ def tensor_names(directory: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a directory's tensors by name; no weight is read.
+
+    Raises:
+        WeightsError: A file is missing or damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(directory):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a mapping)
+                        shapes[name] = tuple(file.get_slice(name).get_shape())
+            else:
+                found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+                shapes |= {name: tuple(tensor.shape) for name, tensor in found.items()}
+        except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            raise WeightsError("a weight file is damaged", where=str(path), got=error) from error
+    return shapes
+
+
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Puts tensors into a model built on the meta device: every one, and no other.
 

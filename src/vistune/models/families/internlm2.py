@@ -52,6 +52,10 @@ class InternLM2Family:
             "output.weight",
         } <= set(keys)
 
+    def settings(self, directory: Path) -> LlamaConfig:
+        """Returns the Llama config of a public directory; see `internlm2_to_llama_config`."""
+        return internlm2_to_llama_config(read_config(directory))
+
     def load(self, directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
         """Loads a public directory; see `load_internlm2`."""
         return load_internlm2(directory, dtype)

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from vistune.models.families.contract import FAMILIES
-from vistune.models.families.files import CONFIG_NAME, read_config, read_tensors
+from vistune.models.families.files import (
+    CONFIG_NAME,
+    read_config,
+    read_tensors,
+    tensor_shapes,
+)
 from vistune.models.families.filling import filled
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 from vistune.models.mgm.keys import mgm_map
@@ -41,6 +46,12 @@ class MGMFamily:
         }
         cuts = int(config.get("image_grid", 1)) > 1
         return towers <= keys and _HEAD not in keys and cuts == self.cuts
+
+    def settings(self, directory: Path) -> MGMConfig:
+        """Returns the config of a model directory, sizes read off its tensors' shapes."""
+        return MGMConfig.from_public(
+            read_config(directory), tensor_shapes(directory), where=str(directory / CONFIG_NAME)
+        )
 
     def load(self, directory: Path, dtype: torch.dtype) -> MGMForConditionalGeneration:
         """Loads a model directory, both towers among its weights.

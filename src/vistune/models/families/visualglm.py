@@ -41,6 +41,13 @@ class VisualGLMFamily:
         projections = {"image_encoder.glm_proj.weight", "mixins.eva.model.glm_proj.weight"}
         return _TEXT in keys and bool(projections & keys)
 
+    def settings(self, directory: Path) -> VisualGLMConfig:
+        """Returns the config of a model directory in either layout."""
+        sat = is_sat(directory)
+        where = str(directory / (SAT_CONFIG_NAME if sat else CONFIG_NAME))
+        values = read_sat_config(directory) if sat else read_config(directory)
+        return VisualGLMConfig.from_public(values, where=where)
+
     def load(
         self, directory: Path, dtype: torch.dtype, *, sat_qkv: QkvOrder = "blocks"
     ) -> VisualGLMForConditionalGeneration:
@@ -56,14 +63,13 @@ class VisualGLMFamily:
             ModelError: The config does not describe a VisualGLM.
             WeightsError: A tensor is missing, left over or of another shape.
         """
-        if (directory / SAT_CONFIG_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
+        config = self.settings(directory)
+        if is_sat(directory):
             where = str(directory / SAT_CONFIG_NAME)
-            config = VisualGLMConfig.from_public(read_sat_config(directory), where=where)
             tensors = read_sat_tensors(directory)
             key_map = sat_map(config, qkv=sat_qkv)
         else:
             where = str(directory / CONFIG_NAME)
-            config = VisualGLMConfig.from_public(read_config(directory), where=where)
             tensors = dict(read_tensors(directory))
             key_map = hf_map(config)
         _check_vocabulary(tensors, config.text_config, where=where)
@@ -106,6 +112,11 @@ def load_chatglm(directory: Path, dtype: torch.dtype) -> ChatGLMForCausalLM:
     model = filled(ChatGLMForCausalLM, config, own, dtype, where=str(directory))
     assert isinstance(model, ChatGLMForCausalLM)
     return model
+
+
+def is_sat(directory: Path) -> bool:
+    """Whether a directory is in SwissArmyTransformer's layout, by the files it holds."""
+    return (directory / SAT_CONFIG_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
 
 
 def read_sat_config(directory: Path) -> dict[str, Any]:

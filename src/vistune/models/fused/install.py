@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,9 +11,12 @@ from vistune.errors import DeviceError, ModelError
 from vistune.models.compose import ComposedVLM
 from vistune.models.fused.trunk import NotFusable, fuse
 
+if TYPE_CHECKING:
+    from vistune.models.whole import WholeModel
+
 
 def install_fused(
-    model: ComposedVLM,
+    model: WholeModel,
     *,
     mode: Literal["auto", "on", "off"],
     fp8: bool,
@@ -34,7 +37,7 @@ def install_fused(
         ModelError: `on` (or FP8) is asked for and the model has no fused form.
         DeviceError: FP8 is asked for on a device without it.
     """
-    device = next(model.language_model.parameters()).device
+    device = next(model.parameters()).device
     if fp8:
         _check_fp8(device)
     wanted = mode == "on" or fp8 or (mode == "auto" and device.type == "cuda")
@@ -46,6 +49,14 @@ def install_fused(
             where="train.fused",
             fix="set train.fused=auto, or tune.language.frozen_format=same",
         )
+    if not isinstance(model, ComposedVLM):
+        if mode == "on" or fp8:
+            raise ModelError(
+                f"{type(model).__name__} has decoder layers of its own, which have no fused form",
+                where="train.fused" if mode == "on" else "tune.language.frozen_format",
+                fix="set train.fused=auto and tune.language.frozen_format=same",
+            )
+        return "decoder layers: the model's own, which have no fused form"
     try:
         trunk = fuse(_compat.decoder_of(model.language_model), device=device, fp8=fp8)
     except NotFusable as reason:

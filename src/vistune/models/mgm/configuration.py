@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, GemmaConfig, PreTrainedConfig
 
 from vistune.errors import ModelError
+from vistune.types import ImageDefaults, VisionGrid
 
 _CLIP = "model.vision_tower.vision_tower.vision_model."
 _AUX = "model.vision_tower_aux."
@@ -157,6 +158,27 @@ class MGMConfig(PreTrainedConfig):  # type: ignore[misc]
             "image_grid": self.image_grid,
             "image_global": self.image_global,
         }
+
+
+def vision_grid(config: MGMConfig) -> VisionGrid:
+    """Returns the tokens of a picture of `image_size_aux`, the one size the model takes."""
+    side = round((config.num_patches * config.num_crops) ** 0.5)
+    return VisionGrid(
+        patch_px=config.image_size_aux // side,
+        num_extra_tokens=config.num_patches if config.takes_global else 0,
+        fixed_size_px=config.image_size_aux,
+    )
+
+
+def image_defaults(config: MGMConfig) -> ImageDefaults:
+    """Returns the public preprocessing of the high-resolution picture: padded to a square."""
+    return ImageDefaults(
+        size_px=config.image_size_aux,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        resample="bicubic",
+        mode="pad",
+    )
 
 
 _TANH_GELU = "gelu_pytorch_tanh"

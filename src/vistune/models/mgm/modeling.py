@@ -25,7 +25,7 @@ from vistune import _compat
 from vistune.errors import ModelError
 from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.contract import ModuleMap
-from vistune.models.mgm.configuration import MGMConfig
+from vistune.models.mgm.configuration import MGMConfig, vision_grid
 from vistune.models.mgm.convnext import ConvNeXtStages, joined_map
 from vistune.models.mgm.mining import MGMConnector, tiles
 from vistune.models.splice import idle, splice
@@ -98,13 +98,7 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     @property
     def grid(self) -> VisionGrid:
         """Tokens of a picture of `image_size_aux`, the one size the model takes."""
-        config = self.config
-        side = round((config.num_patches * config.num_crops) ** 0.5)
-        return VisionGrid(
-            patch_px=config.image_size_aux // side,
-            num_extra_tokens=config.num_patches if config.takes_global else 0,
-            fixed_size_px=config.image_size_aux,
-        )
+        return vision_grid(self.config)
 
     @property
     def image_token_id(self) -> int:

@@ -12,6 +12,7 @@ from transformers import Blip2QFormerConfig, Blip2VisionConfig, PreTrainedConfig
 
 from vistune.errors import ModelError
 from vistune.models.chatglm.configuration import ChatGLMConfig
+from vistune.types import ImageDefaults, VisionGrid
 
 _SPECIAL_IDS = {"mask_token_id": 0, "gmask_token_id": 1, "bos_token_id": 4, "eos_token_id": 5}
 """Distance of each special id from `[MASK]` in both published vocabularies."""
@@ -142,6 +143,26 @@ class VisualGLMConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 _PARTS = ("eva", "qformer")
+
+
+def vision_grid(config: VisualGLMConfig) -> VisionGrid:
+    """Returns image tokens as a function of pixels: as many as the Q-Former has queries."""
+    side = int(config.vision_config.image_size)
+    # A "patch" larger than the input: no patch tokens, only the queries.
+    return VisionGrid(
+        patch_px=side + 1, num_extra_tokens=config.num_query_tokens, fixed_size_px=side
+    )
+
+
+def image_defaults(config: VisualGLMConfig) -> ImageDefaults:
+    """Returns the public preprocessing: stretched to a square, BLIP-2's mean and deviation."""
+    return ImageDefaults(
+        size_px=int(config.vision_config.image_size),
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        resample="bicubic",
+        mode="resize",
+    )
 
 
 def _part(

@@ -26,7 +26,7 @@ from vistune.models.chatglm.modeling import ChatGLMForCausalLM, shifted_cross_en
 from vistune.models.chatglm.positions import padded_positions
 from vistune.models.contract import ModuleMap
 from vistune.models.splice import idle, splice
-from vistune.models.visualglm.configuration import VisualGLMConfig
+from vistune.models.visualglm.configuration import VisualGLMConfig, vision_grid
 from vistune.types import VisionGrid
 
 
@@ -101,13 +101,7 @@ class VisualGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     @property
     def grid(self) -> VisionGrid:
         """One input size, and as many tokens as the Q-Former has queries."""
-        side = self.config.vision_config.image_size
-        # A "patch" larger than the input: no patch tokens, only the queries.
-        return VisionGrid(
-            patch_px=side + 1,
-            num_extra_tokens=self.config.num_query_tokens,
-            fixed_size_px=side,
-        )
+        return vision_grid(self.config)
 
     @property
     def image_token_id(self) -> int:

@@ -1,0 +1,136 @@
+"""Tiny directories of the model families in their public layouts, tokenizer included. Not a test.
+
+Weights and configs are the parity fixtures'; the tokenizers are made here, with the special tokens
+at the ids that the configs name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from visualglm_case import train_pieces
+
+from vistune.checkpoint.layouts.mgm import write_mgm
+from vistune.checkpoint.layouts.visualglm_sat import write_visualglm_sat
+from vistune.models.chatglm.tokenizer import ChatGLMTokenizer
+from vistune.models.families.visualglm import VisualGLMFamily
+from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
+
+PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
+FAMILY_KINDS = ("cogvlm2", "visualglm", "visualglm-sat", "mgm-2b", "mgm-2b-hd")
+
+
+def write_family(kind: str, folder: Path) -> Path:
+    """Writes one family's directory; returns it."""
+    folder.mkdir(parents=True)
+    if kind == "cogvlm2":
+        _copy("cogvlm2", folder)
+        specials = {"<pad>": 500, "<|begin_of_text|>": 501, "<|end_of_text|>": 502}
+        byte_tokenizer(specials, bos="<|begin_of_text|>", eos="<|end_of_text|>").save_pretrained(
+            folder
+        )
+    elif kind == "visualglm":
+        _write_visualglm(folder)
+    elif kind == "visualglm-sat":
+        hf = folder / "hf"
+        hf.mkdir()
+        _write_visualglm(hf)
+        write_visualglm_sat(VisualGLMFamily().load(hf, torch.float32), folder, dtype=torch.float32)
+        shutil.copy(hf / "ice_text.model", folder)
+        shutil.rmtree(hf)
+    else:
+        _write_mgm(folder, hd=kind == "mgm-2b-hd")
+    return folder
+
+
+def _copy(name: str, folder: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(PARITY / name / file, folder / file)
+
+
+def _write_mgm(folder: Path, *, hd: bool) -> None:
+    """MGM with a vocabulary that holds every byte and Gemma's marks; drawn weights."""
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "initializer_range": 0.1,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "projection_dim": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = MGMConfig(
+        text_config=text,
+        vision_config=vision,
+        aux_widths=[16, 32, 64, 128],
+        aux_depths=[1, 1, 2, 1],
+        image_size_aux=128 if hd else 64,
+        image_grid=2 if hd else 1,
+        image_global=hd,
+    )
+    write_mgm(MGMForConditionalGeneration(config), folder, dtype=torch.float32)
+    specials = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<start_of_turn>": 3, "<end_of_turn>": 4}
+    byte_tokenizer(specials, bos="<bos>", eos="<eos>").save_pretrained(folder)
+
+
+def byte_tokenizer(specials: dict[str, int], *, bos: str, eos: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose special tokens have given ids."""
+    vocab = dict(specials)
+    free = (i for i in range(1 << 20) if i not in set(specials.values()))
+    vocab |= {piece: next(free) for piece in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token="<pad>"
+    )
+
+
+def _write_visualglm(folder: Path) -> None:
+    _copy("visualglm", folder)
+    pieces = ChatGLMTokenizer(str(train_pieces(folder)))
+    (folder / "corpus.txt").unlink()
+    # The weights know no special ids, so the config takes the ones this vocabulary has.
+    settings = json.loads((folder / "config.json").read_text())
+    names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<pad>"}
+    settings |= {f"{key}_token_id": pieces.convert_tokens_to_ids(t) for key, t in names.items()}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def write_pictures(folder: Path, *, num_rows: int = 4) -> dict[str, Any]:
+    """Writes pictures and a LLaVA-format file; returns the recipe's source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = [(200, 40, 40), (40, 160, 60), (50, 70, 210), (220, 190, 40)]
+    rows = []
+    for index in range(num_rows):
+        name = f"{index}.png"
+        Image.new("RGB", (40 + index, 30), colours[index % 4]).save(folder / name)
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is it"},
+            {"from": "gpt", "value": f"a cat {index}"},
+        ]
+        rows.append({"id": str(index), "image": name, "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows))
+    return {"format": "llava", "path": str(folder / "train.json"), "images": str(folder)}
