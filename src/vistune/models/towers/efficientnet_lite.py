@@ -50,8 +50,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
             last 1x1 convolution) or "stage1" to "stage7" (a stage's output). A map finer than
             one cell per 32 pixels is folded, space to depth, so the number of patches stays.
         normalize: Whether each map's vector is brought to mean 0 and variance 1 over its
-            channels, without learned parts. The raw maps have scales from 0.2 to 7, and a
-            connector learns several times faster from normalised ones.
+            channels, without learned parts. The raw maps differ in scale about thirtyfold, so
+            maps side by side would not weigh alike.
     """
 
     model_type = "efficientnet_lite"
