@@ -176,6 +176,24 @@ class TuneConfig(Section):
         return self
 
 
+class UrlConfig(Section):
+    """How images on the network are fetched: over http(s) only, each once, into a cache."""
+
+    max_bytes: PositiveInt = 20_000_000
+    """Longer answers are refused."""
+    timeout_s: PositiveFloat = 20.0
+    """Seconds for one image, redirects included."""
+    types: tuple[str, ...] = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp")
+    """Content types that are taken."""
+    max_redirects: NonNegativeInt = 3
+    """Redirects followed; each address is checked anew."""
+    private_hosts: tuple[str, ...] = ()
+    """Hosts (`name:port`) that may have a private address, such as an image server of your own.
+    All others must have a public one."""
+    cache: str | None = None
+    """Folder the images are kept in; the user's cache folder when left out."""
+
+
 class SourceConfig(Section):
     """One dataset."""
 
@@ -191,12 +209,17 @@ class SourceConfig(Section):
         "data_juicer",
         "coco_captions",
         "cogvlm_sft",
+        "webdataset",
+        "image_folder",
+        "captions_csv",
     ] = "llava"
-    """How the file is written. JSON lists or JSONL: `llava` (`conversations` of `from` and `value`,
+    """How the file is written. JSON lists, JSONL or Parquet: `llava` (`conversations` of `from` and `value`,
     `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats), `xtuner`
     (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
     `visualglm` (`img`, `prompt`, `label`), `data_juicer` (`text`, `images`). One object:
-    `coco_captions`. A folder of labels: `cogvlm_sft`."""
+    `coco_captions`. A folder of labels: `cogvlm_sft`. A tar file or a folder of them: `webdataset`.
+    A folder of images with a text file beside each: `image_folder`. Image names and captions:
+    `captions_csv`."""
     path: str
     """The dataset file, relative to the working directory."""
     images: str | None = None
@@ -206,6 +229,8 @@ class SourceConfig(Section):
     """How often the source is seen in one epoch of the run: 2 repeats it, 0.5 takes half."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
+    urls: UrlConfig | None = None
+    """Lets rows name images by http(s) addresses. Left out, such rows are unusable."""
 
 
 class ImageConfig(Section):
@@ -225,6 +250,11 @@ class ImageConfig(Section):
     """Filter of the resize."""
     max_pixels: PositiveInt = 178_956_970
     """Images with more pixels than this are refused before they are decoded."""
+    decode: Literal["exact", "fast", "scaled"] = "exact"
+    """`exact`: the bits of transformers' Pillow processors. `fast`: the same steps on vector units;
+    a pixel may differ by 2 of 255 levels. `scaled`: also lets libjpeg decode at half the size or
+    less where that is still twice what is needed: fine texture then differs by several levels. The
+    checkpoint keeps the choice, so that answering uses it too."""
 
 
 class DataConfig(Section):
@@ -317,6 +347,10 @@ class TrainConfig(Section):
     """Run the language model's layers as fused functions: less time and memory, the same numbers.
     Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
     said when not; `on`: an error when not."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Arithmetic inside fp32 matrix products. `highest` is fp32 throughout; `high` and `medium` let
+    torch take TF32 or bf16 where the device has them, and another library's fp32 kernels where it
+    has not, which can be faster by themselves."""
     threads: PositiveInt | None = None
     """CPU threads for arithmetic; torch's own choice when left out."""
 

@@ -26,6 +26,7 @@ from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
 from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.device import Device, seed_everything, select_device, versions
+from vistune.device.peak import measure_matmul_tflops
 from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
 from vistune.train import collector_paused
 from vistune.train.fit import Job, TrainResult, append_json, fit, num_steps
@@ -81,7 +82,9 @@ def train(
                 device=device.name,
                 resumed_from=opened.progress.step,
             )
+        peak_tflops = measure_matmul_tflops(device)  # it draws random numbers: before the seed
         seed_everything(recipe.seed)
+        device.reset_peak_memory()
         _import_engines()
         blueprint = _blueprint(recipe, opened)
         data = _data(recipe, blueprint, opened, device, console)
@@ -89,7 +92,9 @@ def train(
             built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
         print_tuning(built.tuning, recipe.train, console)
-        job = _job(recipe, opened, device, blueprint, data, built, console)
+        job = _job(
+            recipe, opened, device, blueprint, data, built, console, peak_tflops=peak_tflops
+        )
         result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
@@ -110,10 +115,10 @@ def _device(recipe: Recipe, console: Console) -> Device:
     device = select_device(recipe.device, recipe.dtype)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
+    torch.set_float32_matmul_precision(recipe.train.matmul_precision)
     console.print(f"device: {device.name} ({device.kind}, {str(device.dtype).split('.')[-1]})")
     if device.note:
         console.print(f"[yellow]note:[/] {device.note}")
-    device.reset_peak_memory()
     return device
 
 
@@ -174,6 +179,7 @@ class _Built:
     model: WholeModel
     tuning: Tuning
     inherited: dict[str, torch.Tensor]
+    work: ModelWork | None
 
 
 def _model(
@@ -181,6 +187,7 @@ def _model(
 ) -> _Built:
     """Loads the model, chooses what trains, and puts a resumed run's weights in place."""
     from vistune.assembly import build, lay_over
+    from vistune.models.flops import work_of
     from vistune.models.fused.install import install_fused
     from vistune.models.recompute import set_checkpoint_layers
     from vistune.models.tune import Tuning, apply_tuning
@@ -198,6 +205,7 @@ def _model(
         tuning = Tuning(model, recipe.tune)
         has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
         inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}
+    work = work_of(model, recipe.tune)  # before layers are merged or rounded
     model.to(device.torch_device)
     set_training_mode(model, recipe.tune, model.module_map)
     set_checkpoint_layers(model, recipe.train.checkpoint_layers)
@@ -211,7 +219,7 @@ def _model(
             num_recomputed=recipe.train.checkpoint_layers,
         )
     )
-    return _Built(model, tuning, inherited)
+    return _Built(model, tuning, inherited, work)
 
 
 def _changed_by(checkpoint: Path | None, model: WholeModel) -> dict[str, torch.Tensor]:
@@ -240,13 +248,19 @@ def _job(
     data: TrainData,
     built: _Built,
     console: Console,
+    *,
+    peak_tflops: float | None,
 ) -> Job:
     from vistune.models.compose import ComposedVLM
+
+    from vistune.train.work import row_cost
 
     fingerprints = fingerprint_parts(blueprint.parts)
     encoder_state = blueprint.encoder.to_state()
     # Read now: the checkpoint gone on from may be rotated away while the run goes on.
     lineage = _lineage(blueprint, opened)
+
+    reads_tail = built.model.fused is not None
 
     def manifest(step: int) -> Manifest:
         return Manifest(
@@ -281,6 +295,8 @@ def _job(
         reads_tail=isinstance(built.model, ComposedVLM) and built.model.fused is not None,
         inherited=built.inherited,
         heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
+        cost=row_cost(built.work, reads_tail=reads_tail),
+        peak_tflops=peak_tflops,
     )
 
 
