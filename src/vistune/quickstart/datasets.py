@@ -64,7 +64,7 @@ class DatasetPlan:
         languages: Languages asked and answered in, of "en" and "zh".
     """
 
-    seed: int = 17
+    seed: int = 18
     stage1_shapes: int = 800
     stage1_drawings: int = 2000
     stage2_shapes: int = 1000
