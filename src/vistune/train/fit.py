@@ -31,7 +31,7 @@ from vistune.train.hooks import Hook
 from vistune.train.interrupt import StopRequest
 from vistune.train.opening import OpenRun
 from vistune.train.optim import ParameterGroup, build_optimizer, peak_lrs
-from vistune.train.record import Clock, StepRecord
+from vistune.train.record import Clock, StepRecord, Totals
 from vistune.train.schedule import Schedule
 from vistune.train.state import random_state, set_random_state
 from vistune.train.step import LossModule, StepSums, backward_step
@@ -78,6 +78,9 @@ class TrainResult:
         skipped_steps: Steps skipped because loss or norm was not finite.
         rejected_rows: Rows that could not be read while training.
         interrupted_by: Name of the signal that ended it early, or None.
+        totals: Work and wall time of this process's logged steps.
+        peak_tflops: Matrix products measured on the device, TFLOP/s, or None.
+        peak_memory_gib: Most device memory held by tensors, or None where not measured.
     """
 
     run_dir: Path
@@ -90,6 +93,9 @@ class TrainResult:
     skipped_steps: int
     rejected_rows: int
     interrupted_by: str | None = None
+    totals: Totals = field(default_factory=Totals)
+    peak_tflops: float | None = None
+    peak_memory_gib: float | None = None
 
 
 @dataclass
@@ -114,6 +120,8 @@ class Job:
         heaviest_step: The step of data with the longest row, rehearsed before the first step so
             that a device that is too small says so at once; None for no rehearsal.
         strategy: How a step is spread over processes.
+        cost: Counts the operations of a row; None where they are not known.
+        peak_tflops: Matrix products measured on the device, TFLOP/s; None where they were not.
     """
 
     recipe: Recipe
@@ -132,6 +140,8 @@ class Job:
     inherited: dict[str, torch.Tensor] = field(default_factory=dict)
     heaviest_step: int | None = None
     strategy: Strategy = field(default_factory=SingleProcess)
+    cost: Callable[[Batch], int] | None = None
+    peak_tflops: float | None = None
 
 
 def fit(job: Job) -> TrainResult:
@@ -173,11 +183,14 @@ class _Steps:
         self.peak_lrs = peak_lrs(job.groups)
         self.autocast = torch.bfloat16 if job.device.dtype == torch.bfloat16 else None
         self.samples_per_epoch = job.data.samples_per_epoch(0)
-        self.clock = Clock()
+        self.clock = self._new_clock()
         resumed = job.opened.checkpoint is not None
         self.saved_step = self.progress.step if resumed else None
         self.first_loss: float | None = None
         self.final_loss: float | None = None
+
+    def _new_clock(self) -> Clock:
+        return Clock(self.job.cost, peak_tflops=self.job.peak_tflops)
 
     def run(self) -> TrainResult:
         """Restores, steps, saves."""
@@ -249,7 +262,7 @@ class _Steps:
     def _loop(self, module: nn.Module, hooks: list[Hook], stop: StopRequest) -> None:
         job, progress = self.job, self.progress
         steps = self._rows()
-        self.clock = Clock()
+        self.clock = self._new_clock()
         while progress.step < self.total_steps and stop.signal_name is None:
             waiting_s = time.perf_counter()
             try:
@@ -270,7 +283,7 @@ class _Steps:
             factor = self.schedule.factor(progress.step)
             with self._out_of_memory_explained(rows, what=what):
                 job.strategy.step(lr_factor=factor)
-            self._count(sums)
+            self._count(sums, rows)
             self._after_step(sums, factor, hooks)
 
     def _rehearse(self, module: nn.Module) -> None:
@@ -338,8 +351,8 @@ class _Steps:
             samples_per_epoch=self.samples_per_epoch,
         )
 
-    def _count(self, sums: StepSums) -> None:
-        self.clock.add(sums)
+    def _count(self, sums: StepSums, rows: Sequence[Batch]) -> None:
+        self.clock.add(sums, rows)
         self.progress.step += 1
         self.progress.num_samples += sums.num_samples
         self.progress.num_tokens += sums.num_tokens
@@ -444,6 +457,9 @@ class _Steps:
             skipped_steps=progress.skipped_steps,
             rejected_rows=len(progress.rejected),
             interrupted_by=interrupted_by if progress.step < self.total_steps else None,
+            totals=self.clock.done,
+            peak_tflops=self.job.peak_tflops,
+            peak_memory_gib=self.job.device.peak_memory_gib(),
         )
 
     @contextmanager

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vistune.assembly import Blueprint
     from vistune.data.check import CheckReport
     from vistune.data.loader import TrainData
+    from vistune.models.flops import ModelWork
     from vistune.models.tune import Tuning
     from vistune.models.whole import WholeModel
 
@@ -92,9 +93,7 @@ def train(
             built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
         print_tuning(built.tuning, recipe.train, console)
-        job = _job(
-            recipe, opened, device, blueprint, data, built, console, peak_tflops=peak_tflops
-        )
+        job = _job(recipe, opened, device, blueprint, data, built, console, peak_tflops=peak_tflops)
         result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
@@ -251,8 +250,6 @@ def _job(
     *,
     peak_tflops: float | None,
 ) -> Job:
-    from vistune.models.compose import ComposedVLM
-
     from vistune.train.work import row_cost
 
     fingerprints = fingerprint_parts(blueprint.parts)

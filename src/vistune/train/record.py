@@ -1,14 +1,23 @@
-"""What is measured at a logged step, and the clock that measures it."""
+"""What is measured at a logged step, and the clock that measures it.
+
+tokens_per_s   = tokens of samples / wall time (data wait, tower, optimizer included)
+useful_tflops  = operations needed (models.flops) / wall time / 1e12
+mfu            = useful_tflops / matrix products this device was measured to do a second
+data_wait_frac = wall time in which the next rows were not there yet / wall time
+padding_frac   = tokens computed that belong to no sample / tokens computed
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vistune.device import Device
 from vistune.train.state import Progress
 from vistune.train.step import StepSums
+from vistune.types import Batch
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,16 @@ class StepRecord:
         lr: Learning rate of this update by role.
         grad_norm: Global gradient norm before clipping.
         target_tokens: Tokens learnt from.
-        tokens: Tokens, image tokens included; there is no padding to count.
+        tokens: Tokens, image tokens included, padding excluded.
         image_tokens: Tokens that stand for images.
         samples: Samples.
         tokens_per_s: `tokens` per second of wall time, vision tower and data wait included.
         samples_per_s: Samples per second.
+        useful_tflops: Operations the rows needed, forward and backward, nothing recomputed, in
+            TFLOP/s on this process's device; None where the model's cost is not known.
+        mfu: `useful_tflops` over the matrix products measured on this device at the start; None
+            where that was not measured.
+        padding_frac: Tokens computed that belong to no sample, over tokens computed.
         step_s: Wall time of a step.
         data_wait_s: Of that, waiting for data.
         data_wait_frac: `data_wait_s` over `step_s`.
@@ -51,6 +65,9 @@ class StepRecord:
     samples: int
     tokens_per_s: float | None
     samples_per_s: float | None
+    useful_tflops: float | None
+    mfu: float | None
+    padding_frac: float | None
     step_s: float | None
     data_wait_s: float | None
     data_wait_frac: float | None
@@ -63,23 +80,105 @@ class StepRecord:
         return asdict(self)
 
 
-class Clock:
-    """Adds up wall time, waiting time and work between two logged steps."""
+@dataclass(frozen=True)
+class Totals:
+    """What was done in some wall time.
 
-    def __init__(self) -> None:
-        self.wait_s = 0.0
+    Args:
+        seconds: Wall time.
+        wait_s: Of that, waiting for data.
+        steps: Optimizer steps.
+        tokens: Tokens of samples, over all processes.
+        samples: Samples, over all processes.
+        flops: Operations needed on this process; None where the model's cost is not known.
+        computed_tokens: Tokens computed on this process.
+        padding_tokens: Of these, those of no sample.
+    """
+
+    seconds: float = 0.0
+    wait_s: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    samples: int = 0
+    flops: int | None = 0
+    computed_tokens: int = 0
+    padding_tokens: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        flops = None if self.flops is None or other.flops is None else self.flops + other.flops
+        return Totals(
+            self.seconds + other.seconds,
+            self.wait_s + other.wait_s,
+            self.steps + other.steps,
+            self.tokens + other.tokens,
+            self.samples + other.samples,
+            flops,
+            self.computed_tokens + other.computed_tokens,
+            self.padding_tokens + other.padding_tokens,
+        )
+
+    def per_s(self, amount: float) -> float | None:
+        """Returns an amount per second, None where no time passed."""
+        return amount / self.seconds if self.seconds > 0 else None
+
+    @property
+    def useful_tflops(self) -> float | None:
+        """Operations needed per second, in TFLOP/s."""
+        return None if self.flops is None or not self.flops else self.per_s(self.flops / 1e12)
+
+    def mfu(self, peak_tflops: float | None) -> float | None:
+        """Returns the share of a measured peak that was useful."""
+        useful = self.useful_tflops
+        return None if useful is None or peak_tflops is None else useful / peak_tflops
+
+    @property
+    def padding_frac(self) -> float | None:
+        """Share of computed tokens that belong to no sample."""
+        return self.padding_tokens / self.computed_tokens if self.computed_tokens else None
+
+    @property
+    def data_wait_frac(self) -> float | None:
+        """Share of the time spent on waiting for data."""
+        return min(1.0, self.wait_s / self.seconds) if self.seconds > 0 else None
+
+
+class Clock:
+    """Adds up wall time, waiting time and work between two logged steps.
+
+    Args:
+        cost: Counts the operations of a row; None where they are not known.
+        peak_tflops: Matrix products measured on the device, TFLOP/s; None where they were not.
+    """
+
+    def __init__(
+        self,
+        cost: Callable[[Batch], int] | None = None,
+        *,
+        peak_tflops: float | None = None,
+    ) -> None:
+        self._cost = cost
+        self.peak_tflops = peak_tflops
+        self.done = Totals()
+        """All intervals that were recorded."""
         self._reset()
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._steps = self._tokens = self._samples = 0
+        self._work = Totals(flops=None if self._cost is None else 0)
         self.wait_s = 0.0
 
-    def add(self, sums: StepSums) -> None:
-        """Counts the work of one step."""
-        self._steps += 1
-        self._tokens += sums.num_tokens
-        self._samples += sums.num_samples
+    def add(self, sums: StepSums, rows: Sequence[Batch]) -> None:
+        """Counts the work of one step: its sums over all processes, and its rows on this one."""
+        computed = sum(row.num_tokens for row in rows)
+        used = sum(int(row.cu_seqlens[-1]) for row in rows if row.num_samples)
+        self._work += Totals(
+            steps=1,
+            tokens=sums.num_tokens,
+            samples=sums.num_samples,
+            flops=None if self._cost is None else sum(self._cost(row) for row in rows),
+            computed_tokens=computed,
+            padding_tokens=computed - used,
+        )
 
     def pause(self, seconds: float) -> None:
         """Leaves time out that was not spent on steps (checkpoints, sample answers)."""
@@ -96,7 +195,8 @@ class Clock:
     ) -> StepRecord:
         """Returns the record of the step just done and starts the next interval."""
         elapsed_s = time.perf_counter() - self._since
-        steps, measured = max(1, self._steps), elapsed_s > 0
+        work = replace(self._work, seconds=elapsed_s, wait_s=self.wait_s)
+        steps = max(1, work.steps)
         record = StepRecord(
             step=progress.step,
             epoch=progress.num_samples / max(1, samples_per_epoch),
@@ -108,14 +208,18 @@ class Clock:
             tokens=sums.num_tokens,
             image_tokens=sums.num_image_tokens,
             samples=sums.num_samples,
-            tokens_per_s=self._tokens / elapsed_s if measured else None,
-            samples_per_s=self._samples / elapsed_s if measured else None,
+            tokens_per_s=work.per_s(work.tokens),
+            samples_per_s=work.per_s(work.samples),
+            useful_tflops=work.useful_tflops,
+            mfu=work.mfu(self.peak_tflops),
+            padding_frac=work.padding_frac,
             step_s=elapsed_s / steps,
-            data_wait_s=self.wait_s / steps,
-            data_wait_frac=min(1.0, self.wait_s / elapsed_s) if measured else None,
+            data_wait_s=work.wait_s / steps,
+            data_wait_frac=work.data_wait_frac,
             peak_memory_gib=device.peak_memory_gib(),
             skipped_steps=progress.skipped_steps,
             rejected_rows=len(progress.rejected),
         )
+        self.done = work if self.done.steps == 0 else self.done + work
         self._reset()
         return record

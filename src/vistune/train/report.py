@@ -80,3 +80,28 @@ def print_result(result: TrainResult, console: Console, *, total_steps: int) -> 
         soft_wrap=True,
         highlight=False,
     )
+    print_speed(result, console)
+
+
+def print_speed(result: TrainResult, console: Console) -> None:
+    """Says what a process achieved over its logged steps, with the maths beside the number."""
+    done = result.totals
+    tokens_per_s, samples_per_s = done.per_s(done.tokens), done.per_s(done.samples)
+    if tokens_per_s is None or samples_per_s is None:
+        return
+    parts = [
+        f"{tokens_per_s:,.0f} useful tokens/s ({done.tokens:,} tokens in {done.seconds:.1f} s)",
+        f"{samples_per_s:.1f} samples/s",
+    ]
+    useful, mfu = done.useful_tflops, done.mfu(result.peak_tflops)
+    if useful is not None and done.flops is not None:
+        parts.append(f"{useful:.3g} useful TFLOP/s ({done.flops / 1e12:.3g} TFLOP needed)")
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.1%} of {result.peak_tflops:.0f} TFLOP/s measured")
+    if done.data_wait_frac is not None:
+        parts.append(f"data wait {done.data_wait_frac:.1%}")
+    if done.padding_frac is not None:
+        parts.append(f"padding {done.padding_frac:.1%}")
+    if result.peak_memory_gib is not None:
+        parts.append(f"peak {result.peak_memory_gib:.1f} GiB")
+    console.print("speed: " + ", ".join(parts), soft_wrap=True, highlight=False)

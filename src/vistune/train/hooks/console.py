@@ -101,6 +101,10 @@ def describe(record: StepRecord) -> str:
     parts = [f"loss {record.loss:.4f}", "lr " + "/".join(f"{rate:.2e}" for rate in rates)]
     if record.tokens_per_s is not None:
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
+    if record.useful_tflops is not None and record.useful_tflops >= 1:
+        parts.append(f"{record.useful_tflops:,.0f} TFLOP/s")
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:.0%}")
     if record.data_wait_frac is not None:
         parts.append(f"data wait {record.data_wait_frac:.0%}")
     if record.peak_memory_gib is not None:
