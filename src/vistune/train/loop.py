@@ -250,6 +250,7 @@ def _job(
     *,
     peak_tflops: float | None,
 ) -> Job:
+    from vistune.models.compose import ComposedVLM
     from vistune.train.work import row_cost
 
     fingerprints = fingerprint_parts(blueprint.parts)
@@ -257,7 +258,7 @@ def _job(
     # Read now: the checkpoint gone on from may be rotated away while the run goes on.
     lineage = _lineage(blueprint, opened)
 
-    reads_tail = built.model.fused is not None
+    reads_tail = isinstance(built.model, ComposedVLM) and built.model.fused is not None
 
     def manifest(step: int) -> Manifest:
         return Manifest(
@@ -289,7 +290,7 @@ def _job(
         manifest=manifest,
         hooks=hooks,
         console=console,
-        reads_tail=isinstance(built.model, ComposedVLM) and built.model.fused is not None,
+        reads_tail=reads_tail,
         inherited=built.inherited,
         heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
         cost=row_cost(built.work, reads_tail=reads_tail),
