@@ -15,6 +15,8 @@ class Target(StrEnum):
     HF = "hf"
     ADAPTER = "adapter"
     VISTUNE = "vistune"
+    NATIVE = "native"
+    SAT = "sat"
 
 
 def export(
@@ -23,7 +25,8 @@ def export(
         Target,
         typer.Option(
             help="hf: transformers' LLaVA directory; adapter: PEFT adapter and connector; vistune:"
-            " one self-describing directory, for every model."
+            " one self-describing directory, for every model; native: the public layout of a family"
+            " (CogVLM2, VisualGLM, MGM); sat: VisualGLM for SwissArmyTransformer."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],

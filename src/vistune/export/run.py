@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -15,13 +15,17 @@ from vistune.checkpoint.layouts import describe_directory, load_directory
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from vistune.data.encode import Encoder
-from vistune.errors import CheckpointError
+from vistune.errors import CheckpointError, ModelError
 from vistune.export.adapter import write_adapter
+from vistune.export.family import write_family
 from vistune.export.files import new_directory
 from vistune.export.hf import compare_hf, write_hf
 from vistune.export.vistune_model import write_vistune
 from vistune.models.build import build_model
+from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
+
+Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat"]
 
 # Relative to the largest logit: rounding of another order of operations.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -30,7 +34,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def export_model(
     path: Path,
     *,
-    to: Literal["hf", "adapter", "vistune"],
+    to: Target,
     output: Path,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
@@ -41,7 +45,8 @@ def export_model(
     Args:
         path: Run directory (its newest checkpoint), checkpoint, or model directory.
         to: `hf`: transformers' LLaVA; `adapter`: PEFT adapters and connector; `vistune`: one
-            self-describing directory.
+            self-describing directory; `native`: a family's own public layout; `sat`: VisualGLM in
+            SwissArmyTransformer's.
         output: Directory to write.
         overwrite: Replace what is there.
         dtype: Format of the weights; that of the language model's config when left out.
@@ -62,6 +67,7 @@ def export_model(
     dtype = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
     with new_directory(output, overwrite=overwrite) as target:
         if to == "adapter":
+            _check_composed(facts, to)
             _write_adapter(manifest, facts, target, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype)
@@ -69,6 +75,19 @@ def export_model(
             whole = _manifest_of_whole(manifest, found.encoder, folder)
             write_vistune(found.model, found.encoder, whole, target)
             return output
+        if to in ("native", "sat"):
+            write_family(
+                found.model,
+                found.encoder,
+                _manifest_of_whole(manifest, found.encoder, folder),
+                target,
+                to="sat" if to == "sat" else "native",
+                dtype=dtype,
+                origin=_origin(manifest, folder),
+            )
+            return output
+        _check_composed(facts, to)
+        assert isinstance(found.model, ComposedVLM)
         write_hf(found.model, found.encoder, target)
         if verify:
             error = compare_hf(found.model, found.encoder, target)
@@ -80,6 +99,29 @@ def export_model(
                     fix="export with --to vistune",
                 )
     return output
+
+
+def _check_composed(facts: ModelFacts, to: Target) -> None:
+    """Refuses a family's model for a form that only models put together from parts have.
+
+    Raises:
+        ModelError: It is a family's model.
+    """
+    if facts.tower is None:
+        raise ModelError(
+            "a model of a family cannot be written in this form",
+            where=f"--to {to}",
+            got=type(facts.text_config).__name__,
+            fix="export with --to native or --to vistune",
+        )
+
+
+def _origin(manifest: Manifest | None, folder: Path) -> Path | None:
+    """Returns the whole model's directory that a checkpoint stands on, or the directory itself."""
+    if manifest is None or manifest.parts is None:
+        return folder
+    whole = manifest.parts.from_checkpoint
+    return None if whole is None else Path(whole)
 
 
 def _facts(manifest: Manifest | None, folder: Path) -> ModelFacts:
@@ -109,7 +151,9 @@ def _write_adapter(
     if parts.from_checkpoint is None:
         model = build_model(parts, facts, seed=manifest.seed, dtype=dtype)
     else:
-        model = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+        whole = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+        assert isinstance(whole, ComposedVLM)
+        model = whole
     lay_over(model, where)
     encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
     write_adapter(model, encoder, manifest, target)

@@ -1,0 +1,198 @@
+"""Every model family through the product: train, resume, answer, export, load again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+
+from family_dirs import FAMILY_KINDS, write_family, write_pictures
+
+from vistune.assembly import Assembled, load_assembled
+from vistune.checkpoint.layouts import describe_directory
+from vistune.checkpoint.run_dir import RunDirectory
+from vistune.errors import ModelError
+from vistune.export import export_model
+from vistune.generate import Prompt, generate
+from vistune.recipe import Recipe, ResolvedRecipe
+from vistune.train import train
+from vistune.types import Turn
+
+QUIET = Console(quiet=True)
+TUNES: dict[str, dict[str, Any]] = {
+    "lora": {"language": {"mode": "lora", "rank": 2}, "connector": {"mode": "full"}},
+    "full": {
+        "language": {"mode": "full"},
+        "connector": {"mode": "full"},
+        "vision": {"mode": "full"},
+    },
+}
+EXPECTED = {
+    "cogvlm2": ("cogvlm2_chat", "resize", 6),
+    "visualglm": ("visualglm_zh", "resize", 8),
+    "visualglm-sat": ("visualglm_zh", "resize", 8),
+    "mgm-2b": ("gemma", "pad", 16),
+    "mgm-2b-hd": ("gemma", "pad", 80),
+}
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("families")
+    write_pictures(root / "pictures")
+    for kind in FAMILY_KINDS:
+        write_family(kind, root / kind)
+    return root
+
+
+def recipe(shelf: Path, model: Path, run_dir: Path, tune: dict[str, Any], **more: Any) -> Any:
+    tree: dict[str, Any] = {
+        "name": "family",
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "dtype": "fp32",
+        "model": {"from_checkpoint": str(model)},
+        "tune": tune,
+        "data": {
+            "train": [
+                {
+                    "format": "llava",
+                    "path": str(shelf / "pictures" / "train.json"),
+                    "images": str(shelf / "pictures"),
+                }
+            ],
+            "workers": 0,
+        },
+        "batch": {"samples": 2, "max_tokens": 512},
+        "train": {"steps": 2, "lr": 1e-3, "schedule": "constant", "warmup_frac": 0.0},
+        "log": {"tensorboard": False, "progress": False},
+    }
+    tree = {
+        key: {**value, **more.get(key, {})} if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
+    return ResolvedRecipe(recipe=Recipe.model_validate(tree), sources={}, origin="test")
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = RunDirectory(run_dir).metrics.read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@torch.no_grad()
+def logits(assembled: Assembled) -> Tensor:
+    picture = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
+    sample = assembled.encoder.encode_prompt([Turn("user", (0, "what is it"))], [picture])
+    out = assembled.model(
+        input_ids=torch.from_numpy(sample.input_ids)[None],
+        pixel_values=torch.from_numpy(sample.pixel_values[0])[None],
+        attention_mask=torch.ones(1, sample.input_ids.size, dtype=torch.int64),
+    )
+    found: Tensor = out.logits
+    return found
+
+
+def answer(assembled: Assembled) -> list[str]:
+    picture = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
+    asked = Prompt((Turn("user", (0, "what is it")),), (picture,))
+    blind = Prompt((Turn("user", ("what is it",)),))
+    return generate(assembled.model, assembled.encoder, [asked, blind], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", FAMILY_KINDS)
+def test_a_family_is_described_by_its_own_files(shelf: Path, kind: str) -> None:
+    facts = describe_directory(shelf / kind)
+    template, mode, num_image_tokens = EXPECTED[kind]
+    side = facts.image_defaults.size_px
+    found = (facts.template, facts.image_defaults.mode, facts.grid.num_tokens(side, side))
+    assert found == (template, mode, num_image_tokens)
+    encoder = load_assembled(shelf / kind).encoder
+    assert (encoder.template.name, encoder.image_plan.mode) == (template, mode)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("kind", FAMILY_KINDS)
+def test_train_resume_answer_export(shelf: Path, tmp_path: Path, kind: str, mode: str) -> None:
+    tune = TUNES[mode]
+    train(recipe(shelf, shelf / kind, tmp_path / "whole", tune), console=QUIET)
+    first = recipe(shelf, shelf / kind, tmp_path / "run", tune, train={"steps": 1})
+    train(first, console=QUIET)
+    train(recipe(shelf, shelf / kind, tmp_path / "run", tune), resume=True, console=QUIET)
+    # The same arithmetic in the same order: bit for bit.
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    trained = load_assembled(tmp_path / "run")
+    expected, told = logits(trained), answer(trained)
+    assert not torch.equal(expected, logits(load_assembled(shelf / kind)))
+    forms = ["vistune", "native"] + (["sat"] if kind.startswith("visualglm") else [])
+    for form in forms:
+        written = export_model(tmp_path / "run", to=form, output=tmp_path / form)  # type: ignore[arg-type]
+        again = load_assembled(written)
+        assert torch.equal(logits(again), expected), form
+        assert answer(again) == told
+        assert again.encoder.to_state() == trained.encoder.to_state()
+
+
+@pytest.mark.parametrize("kind", FAMILY_KINDS)
+def test_packed_rows_give_the_loss_of_single_ones(shelf: Path, tmp_path: Path, kind: str) -> None:
+    for pack in (True, False):
+        one = recipe(
+            shelf,
+            shelf / kind,
+            tmp_path / str(pack),
+            TUNES["full"],
+            batch={"pack": pack, "samples": 4},
+        )
+        train(one, console=QUIET)
+    # The same sums in another order, twice rounded by an optimizer step.
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5)
+
+
+def test_only_the_visual_experts_of_cogvlm2(shelf: Path, tmp_path: Path) -> None:
+    targets = ["vision_expert_query_key_value", "vision_expert_dense"]
+    tune = {
+        "language": {"mode": "lora", "rank": 2, "targets": targets},
+        "connector": {"mode": "freeze"},
+    }
+    train(recipe(shelf, shelf / "cogvlm2", tmp_path / "run", tune), console=QUIET)
+    before, after = load_assembled(shelf / "cogvlm2"), load_assembled(tmp_path / "run")
+    ours, theirs = after.model.state_dict(), before.model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    expected = {
+        f"model.layers.{n}.self_attn.{target}.weight" for n in range(3) for target in targets
+    }
+    # What the last layer writes at image tokens is read by no one.
+    assert changed == expected - {"model.layers.2.self_attn.vision_expert_dense.weight"}
+
+
+def test_forms_that_a_family_has_not(shelf: Path, tmp_path: Path) -> None:
+    for form in ("hf", "adapter"):
+        with pytest.raises(ModelError, match="cannot be written"):
+            export_model(shelf / "mgm-2b", to=form, output=tmp_path / form)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="only VisualGLM"):
+        export_model(shelf / "mgm-2b", to="sat", output=tmp_path / "sat")
+    fused = recipe(shelf, shelf / "mgm-2b", tmp_path / "run", TUNES["lora"], train={"fused": "on"})
+    with pytest.raises(ModelError, match="no fused form"):
+        train(fused, console=QUIET)
+
+
+def test_a_tokenizer_of_another_release_is_refused(shelf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    write_family("visualglm", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["gmask_token_id"] += 1
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="other ids"):
+        describe_directory(folder)
+    (folder / "ice_text.model").unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        describe_directory(folder)
