@@ -34,15 +34,20 @@ Part: TypeAlias = str | int
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where one image is; nothing of it has been read.
+    """Where one image is; nothing of it has been decoded.
 
     Args:
-        path: Absolute path, already proved to lie inside the declared image folder.
+        path: Absolute path, already proved to lie inside the declared image folder; of the
+            dataset file where the image stands in that.
         name: The path as the dataset wrote it, for messages.
+        span: First byte and number of bytes of the image in `path`; None: the whole file.
+        content: The image file itself, where a row carries it; `path` is then not read.
     """
 
     path: Path
     name: str
+    span: tuple[int, int] | None = None
+    content: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import make_images, talk, write_rows
 
 from vistune.data.formats import FORMATS, open_source
-from vistune.data.formats.coco_captions import QUESTION
+from vistune.data.formats.captions import CAPTION_QUESTION as QUESTION
 from vistune.errors import DataError, RowError
 from vistune.recipe import SourceConfig
 from vistune.types import Sample
@@ -160,7 +160,8 @@ def test_golden_rows(
 
 
 def test_every_format_has_a_golden_row_and_a_name_in_the_recipe() -> None:
-    tested = {format for format, _, _ in GOLDEN} | {"coco_captions", "cogvlm_sft"}
+    elsewhere = {"coco_captions", "cogvlm_sft", "webdataset", "image_folder", "captions_csv"}
+    tested = {format for format, _, _ in GOLDEN} | elsewhere
     assert tested == set(FORMATS)
     assert set(get_args(SourceConfig.model_fields["format"].annotation)) == set(FORMATS)
 

@@ -20,6 +20,7 @@ from vistune.recipe.schema import (
     SourceConfig,
     TrainConfig,
     TuneConfig,
+    UrlConfig,
     VisionTowerConfig,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "SourceConfig",
     "TrainConfig",
     "TuneConfig",
+    "UrlConfig",
     "VisionTowerConfig",
     "load_recipe",
     "shipped_recipes",

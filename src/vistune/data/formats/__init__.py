@@ -14,9 +14,12 @@ from vistune.data.formats import (
     xtuner,
 )
 from vistune.data.formats.base import RowReader, RowReaderFactory
+from vistune.data.formats.captions_csv import CaptionsCsvReader
 from vistune.data.formats.coco_captions import CocoCaptionsReader
 from vistune.data.formats.cogvlm_sft import CogvlmSftReader
+from vistune.data.formats.image_folder import ImageFolderReader
 from vistune.data.formats.json_rows import JsonRowReader
+from vistune.data.formats.webdataset import WebDatasetReader
 from vistune.recipe import SourceConfig
 from vistune.registry import Registry
 
@@ -36,6 +39,9 @@ FORMATS.register("data_juicer")(
 )
 FORMATS.register("coco_captions")(CocoCaptionsReader)
 FORMATS.register("cogvlm_sft")(CogvlmSftReader)
+FORMATS.register("webdataset")(WebDatasetReader)
+FORMATS.register("image_folder")(ImageFolderReader)
+FORMATS.register("captions_csv")(CaptionsCsvReader)
 
 
 def open_source(config: SourceConfig) -> RowReader:

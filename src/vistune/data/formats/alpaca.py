@@ -4,7 +4,7 @@ r"""Alpaca's format: instruction, input, output.
      "history": [["Hello", "Hi."]], "system": "Be brief.", "images": ["cat.jpg"]}
 
 The question is the instruction, and the input in a line of its own where there is one. `history`
-holds earlier rounds, which are learnt too.
+holds earlier rounds, which are learnt too. The output `<nooutput>` says that there is none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from vistune.data.formats.json_rows import RowContent, image_names, text_of, turn_list
 from vistune.errors import RowError
 from vistune.types import Speaker
+
+_NO_OUTPUT = "<nooutput>"
 
 
 def interpret(row: dict[str, Any]) -> RowContent:
@@ -33,6 +35,9 @@ def interpret(row: dict[str, Any]) -> RowContent:
         turns += [("user", pair[0]), ("assistant", pair[1])]
     question, more = text_of(row, "instruction"), text_of(row, "input", default="")
     turns.append(("user", f"{question}\n{more}" if more else question))
-    turns.append(("assistant", text_of(row, "output")))
+    answer = text_of(row, "output")
+    if answer.strip() == _NO_OUTPUT:
+        raise RowError(f"the output is {_NO_OUTPUT}", reason="empty_answer", fix="drop the row")
+    turns.append(("assistant", answer))
     names = image_names(row.get("images"), key="images") or image_names(row.get("image"))
     return RowContent(turns=turns, images=names, id=row.get("id"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -13,6 +14,8 @@ from vistune.types import ImageRef, Part, Sample, Speaker, Turn
 
 IMAGE_MARK = "<image>"
 """Where an image stands in a row's text."""
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 class RowReader(Protocol):
@@ -66,6 +69,13 @@ class ImageFolder:
         Raises:
             RowError: The name leads out of the folder.
         """
+        if _ADDRESS.match(name):
+            raise RowError(
+                f"{name[:80]!r} is an address or the image itself, not the name of a file",
+                reason="image_is_url",
+                fix="save the image as a file and name it; http(s) addresses can be allowed in"
+                " data.train[].urls",
+            )
         try:
             if not name or b"\0" in os.fsencode(name):
                 raise _bad_name(name, "is no file name")

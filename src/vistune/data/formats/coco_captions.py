@@ -3,7 +3,7 @@
     {"images": [{"id": 391895, "file_name": "000000391895.jpg"}, ...],
      "annotations": [{"id": 770337, "image_id": 391895, "caption": "A man with a helmet."}, ...]}
 
-The question is the one LLaVA's mix asks for captions. The file is one JSON object, so it is parsed
+What a caption answers is `captions.CAPTION_QUESTION`. The file is one JSON object, so it is parsed
 whole once, and only names and captions of it are kept.
 """
 
@@ -13,14 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vistune.data.formats.base import conversation, image_folder, source_name
-from vistune.data.formats.json_rows import image_first
+from vistune.data.formats.base import image_folder, source_name
+from vistune.data.formats.captions import captioned
 from vistune.errors import DataError, RowError
 from vistune.recipe import SourceConfig
 from vistune.types import Sample
-
-QUESTION = "Provide a one-sentence caption for the provided image."
-"""What every caption answers."""
 
 
 class CocoCaptionsReader:
@@ -81,9 +78,7 @@ class CocoCaptionsReader:
                     fix="add the image to `images`, or drop the annotation",
                 )
             images = (self._images.ref(name),)
-            turns, notes = conversation(
-                [("user", image_first(QUESTION)), ("assistant", caption)], num_images=1
-            )
+            turns, notes = captioned(caption)
         except RowError as error:
             raise error.at(where) from error
         return Sample(

@@ -1,4 +1,4 @@
-"""Formats that are one JSON object a row: what they share, so that each is only its own rules."""
+"""What formats of one object a row (JSON or Parquet) share, so that each is only its own rules."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vistune.data.formats.base import (
-    IMAGE_MARK,
-    conversation,
-    image_folder,
-    row_id,
-    source_name,
-)
-from vistune.data.formats.rows import index_rows
+from vistune.data.formats.base import IMAGE_MARK, conversation, row_id, source_name
+from vistune.data.formats.parquet_rows import ParquetRows, is_parquet
+from vistune.data.formats.row_images import ImageName, RowImages, image_names
+from vistune.data.formats.rows import JsonRows, index_rows
 from vistune.errors import RowError
 from vistune.recipe import SourceConfig
 from vistune.types import Sample, Speaker
@@ -35,17 +31,17 @@ class RowContent:
 
     Args:
         turns: Who says what; `<image>` stands where an image belongs.
-        images: Image names in the order in which they are referred to.
+        images: Images in the order in which they are referred to.
         id: The row's own id, as it was found.
     """
 
     turns: list[tuple[Speaker, str]]
-    images: list[str]
+    images: list[ImageName]
     id: object = None
 
 
 class JsonRowReader:
-    """Reads the rows of a JSON list or JSONL file by number.
+    """Reads the rows of a JSON list, a JSONL file or a Parquet file by number.
 
     Args:
         config: The source.
@@ -63,9 +59,8 @@ class JsonRowReader:
         self.name = source_name(config)
         self._stem = Path(config.path).stem
         self._interpret = interpret
-        self._absolute_images = absolute_images
-        self._rows = index_rows(Path(config.path), max_rows=config.max_rows)
-        self._images = image_folder(config)
+        self._rows = open_rows(Path(config.path), max_rows=config.max_rows)
+        self._images = RowImages(config, absolute=absolute_images)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -95,7 +90,8 @@ class JsonRowReader:
             meant = self._interpret(content)
             id = row_id(meant.id, stem=self._stem, row=row)
             images = tuple(
-                self._images.ref(name, absolute=self._absolute_images) for name in meant.images
+                self._images.ref(image, where=where, number=k)
+                for k, image in enumerate(meant.images)
             )
             turns, notes = conversation(meant.turns, num_images=len(images))
         except RowError as error:
@@ -103,31 +99,20 @@ class JsonRowReader:
         return Sample(id=id, source=self.name, where=where, turns=turns, images=images, notes=notes)
 
 
-def image_names(value: Any, *, key: str = "image") -> list[str]:
-    """Returns the names under a row's image key: one, a list, or none (null, "", []).
+def open_rows(path: Path, *, max_rows: int | None) -> JsonRows | ParquetRows:
+    """Finds the rows of a dataset file; its content says how it is written, not its name.
+
+    Args:
+        path: A JSON list, JSONL or Parquet file, or a folder of Parquet files.
+        max_rows: Stop after this many.
 
     Raises:
-        RowError: It is neither a name nor a list of names, or names a place on the network.
+        DataError: It is missing, empty or broken as a whole.
+        MissingExtraError: It is Parquet, and pyarrow is not installed.
     """
-    if value is None or value == "" or value == []:
-        return []
-    names = value if isinstance(value, list) else [value]
-    for name in names:
-        if not isinstance(name, str):
-            raise RowError(
-                f"`{key}` is neither a file name nor a list of file names",
-                reason="bad_image_name",
-                got=repr(name)[:80],
-                fix="name the image files",
-            )
-        if name.startswith(("http://", "https://", "data:")):
-            raise RowError(
-                f"`{key}` holds an address or the image itself, not the name of a file",
-                reason="image_is_url",
-                got=name[:80],
-                fix="save the image as a file and name it",
-            )
-    return list(names)
+    if is_parquet(path):
+        return ParquetRows(path, max_rows=max_rows)
+    return index_rows(path, max_rows=max_rows)
 
 
 def said_by(role: Any, *, turn: int) -> Speaker:
@@ -215,3 +200,17 @@ def refuse_key(row: dict[str, Any], key: str, *, unless: tuple[object, ...], why
         got=repr(value)[:80],
         fix=f"take `{key}` out, or drop the row",
     )
+
+
+__all__ = [
+    "SPEAKERS",
+    "JsonRowReader",
+    "RowContent",
+    "image_first",
+    "image_names",
+    "open_rows",
+    "refuse_key",
+    "said_by",
+    "text_of",
+    "turn_list",
+]

@@ -6,8 +6,8 @@ r"""Chat messages as OpenAI and the model hub write them.
                                                {"type": "text", "text": "Who is it?"}]}, ...]}
 
 A content is a text or a list of parts. An image part stands where it stands; it names its file
-(`image`, `path` or `image_url`) or takes the next of the row's `images`. Addresses on the network
-are refused. `developer` is a system prompt. An answer with `loss: false` is refused, because every
+(`image`, `path`, `url` or `image_url`; in Parquet also its bytes) or takes the next of the row's
+`images`. `developer` is a system prompt. An answer with `loss: false` is refused, because every
 answer of a row is learnt.
 """
 
@@ -23,6 +23,7 @@ from vistune.data.formats.json_rows import (
     said_by,
     turn_list,
 )
+from vistune.data.formats.row_images import ImageName
 from vistune.errors import RowError
 from vistune.types import Speaker
 
@@ -31,7 +32,7 @@ def interpret(row: dict[str, Any]) -> RowContent:
     """Returns what a row means. See the module for the rules."""
     refuse_key(row, "tools", unless=("", [], "[]"), why="function calls")
     listed = image_names(row.get("images"), key="images") or image_names(row.get("image"))
-    named: list[str] = []
+    named: list[ImageName] = []
     turns: list[tuple[Speaker, str]] = []
     for k, message in enumerate(turn_list(row.get("messages"), key="messages")):
         if not isinstance(message, dict):
@@ -51,7 +52,7 @@ def interpret(row: dict[str, Any]) -> RowContent:
     return RowContent(turns=turns, images=named or listed, id=row.get("id"))
 
 
-def _text(content: Any, *, turn: int, named: list[str]) -> str:
+def _text(content: Any, *, turn: int, named: list[ImageName]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -69,11 +70,11 @@ def _text(content: Any, *, turn: int, named: list[str]) -> str:
     return out
 
 
-def _named(part: dict[str, Any]) -> list[str]:
+def _named(part: dict[str, Any]) -> list[ImageName]:
     for key in ("image", "path", "image_url", "url"):
         value = part.get(key)
-        if isinstance(value, dict):
-            value = value.get("url")
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
         if value is not None:
             return image_names(value, key=key)
     return []

@@ -3,8 +3,8 @@ r"""XTuner's format: `conversation` as pairs of input and output.
     {"conversation": [{"system": "Be brief.", "input": "<image>\nWho is it?", "output": "A cat."},
                       {"input": "Sure?", "output": "Yes."}], "image": "cat.jpg"}
 
-`system` may stand in the first pair. `output_with_loss: false` and `need_eos_token: false` are
-refused: every answer is learnt, and how it ends is the template's. So is an empty input: text
+`system` may stand in the first pair. `output_with_loss: false`, `need_eos_token: false` and `sep`
+are refused: every answer is learnt, and how it ends is the template's. So is an empty input: text
 without a question is no conversation.
 """
 
@@ -30,6 +30,7 @@ def interpret(row: dict[str, Any]) -> RowContent:
         question, answer = text_of(pair, "input", turn=k), text_of(pair, "output", turn=k)
         refuse_key(pair, "output_with_loss", unless=(True,), why="an answer that is not learnt")
         refuse_key(pair, "need_eos_token", unless=(True,), why="an answer without an end")
+        refuse_key(pair, "sep", unless=("", "\n"), why="another end of the round")
         if not question:
             raise RowError(
                 f"pair {k} has an empty input",
