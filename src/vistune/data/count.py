@@ -7,17 +7,17 @@ be counted so, for one row or for a whole tokenizer, is tokenised.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from vistune.data.encode import Encoder, Size
-from vistune.data.template import Segment
-from vistune.data.words import UncleanError, Words
+from vistune.data.template import Segment, Stretch
+from vistune.data.words import ANCHOR, UncleanError, Words
 from vistune.types import Turn
 
-_ANCHOR = Segment(text="a")
-_MAX_JOINTS = 100_000
+_Context: TypeAlias = Literal["start", "word", "special"]
+_MAX_JOINTS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class TokenCounter:
         self._encoder = encoder
         self._words = Words.of(encoder.tokenizer, forbidden_id=encoder.image_token_id)
         self._joints: dict[tuple[bool, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._closed_joints: dict[tuple[bool, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._sections: dict[tuple[_Context, tuple[tuple[str, bool], ...]], tuple[int, int]] = {}
         self._num_leading = encoder.num_leading_tokens
         self.num_tokenised = 0
         """Conversations that had to be tokenised."""
@@ -71,9 +73,9 @@ class TokenCounter:
             RowError: It cannot be rendered, or its text spells the image token.
         """
         if self._words is not None:
-            segments = self._encoder.segments(turns)
+            stretches = self._encoder.template.stretches(turns, self._encoder.system)
             try:
-                return self._count(self._words, segments, sizes)
+                return self._count(self._words, stretches, sizes)
             except UncleanError:
                 pass
         self.num_tokenised += 1
@@ -81,31 +83,29 @@ class TokenCounter:
         image_tokens = tokens.num_image_tokens
         return Counts(int(tokens.ids.size) - image_tokens, image_tokens, int(tokens.mask[1:].sum()))
 
-    def _count(self, words: Words, segments: list[Segment], sizes: Sequence[Size]) -> Counts:
+    def _count(self, words: Words, stretches: list[Stretch], sizes: Sequence[Size]) -> Counts:
         text_tokens, image_tokens, target_tokens = self._num_leading, 0, 0
         texts: list[str] = []
         starts_learnt = learns = False
-        for segment in segments:
-            if segment.image is not None:
-                if texts:
-                    total, learnt = self._run(words, texts, starts_learnt)
-                    text_tokens, target_tokens = text_tokens + total, target_tokens + learnt
-                    texts = []
-                image_tokens += self._encoder.num_image_tokens(segment.image, sizes)
-            elif not texts:
-                texts = [segment.text]
-                starts_learnt = learns = segment.is_target
-            elif segment.is_target == learns:
-                texts[-1] += segment.text
-            else:
-                texts.append(segment.text)
-                learns = segment.is_target
-        if texts:
-            total, learnt = self._run(words, texts, starts_learnt)
-            text_tokens, target_tokens = text_tokens + total, target_tokens + learnt
-        first = segments[0] if segments else None
-        if first is not None and first.is_target and not self._num_leading:
-            raise UncleanError  # its first token is predicted from nothing
+        for stretch in [*stretches, None]:
+            if isinstance(stretch, tuple):
+                text, is_learnt = stretch
+                if not texts:
+                    texts, starts_learnt, learns = [text], is_learnt, is_learnt
+                elif is_learnt == learns:
+                    texts[-1] += text
+                else:
+                    texts.append(text)
+                    learns = is_learnt
+                continue
+            if texts:
+                if starts_learnt and text_tokens + image_tokens == 0:
+                    raise UncleanError  # its first token is predicted from nothing
+                total, learnt = self._run(words, texts, starts_learnt)
+                text_tokens, target_tokens = text_tokens + total, target_tokens + learnt
+                texts = []
+            if stretch is not None:
+                image_tokens += self._encoder.num_image_tokens(stretch, sizes)
         return Counts(text_tokens, image_tokens, target_tokens)
 
     def _run(self, words: Words, texts: list[str], is_learnt: bool) -> tuple[int, int]:
@@ -114,47 +114,55 @@ class TokenCounter:
         joint: tuple[str, ...] = ()  # pieces of the word that is not closed yet
         joint_is_learnt, at_start = is_learnt, True
         for text in texts:
-            if not joint:
-                joint_is_learnt = is_learnt
-            parts = _parts(text, is_first=not joint)
-            if len(parts) == 1:
-                joint += (parts[0],)
-                is_learnt = not is_learnt
-                continue
-            try:
-                inner = sum(map(words.__getitem__, parts[1:-1]))
-                closed = "".join(joint) + parts[0]
-                if not words.is_clean(closed):
-                    raise UncleanError
-            except UncleanError:
-                parts = self._careful(words, text, joint)
-                inner = sum(map(words.__getitem__, parts[1:-1]))
-            if parts[0]:
-                joint += (parts[0],)
+            parts = text.split(" ") if joint or text[:1] != " " else _start_parts(text)
             if len(parts) > 1:
-                more, more_learnt = self._joint(words, joint, joint_is_learnt, at_start)
+                closed = (*joint, parts[0]) if parts[0] else joint
+                try:
+                    more, more_learnt = self._closed(words, closed, joint_is_learnt, at_start)
+                    inner = words.count(parts[1:-1])
+                except UncleanError:
+                    parts = self._careful(words, text, joint)
+                    closed = (*joint, parts[0]) if parts[0] else joint
+                    if len(parts) == 1:
+                        joint, is_learnt = closed, not is_learnt
+                        continue
+                    more, more_learnt = self._closed(words, closed, joint_is_learnt, at_start)
+                    inner = words.count(parts[1:-1])
                 total, learnt = total + more + inner, learnt + more_learnt
                 if is_learnt:
                     learnt += inner
                 joint, joint_is_learnt, at_start = (f" {parts[-1]}",), is_learnt, False
+            else:
+                joint += (text,)
             is_learnt = not is_learnt
-        more, more_learnt = self._joint(words, joint, joint_is_learnt, at_start)
+        more, more_learnt = self._joint(joint, joint_is_learnt, at_start)
         return total + more, learnt + more_learnt
 
     def _careful(self, words: Words, text: str, joint: tuple[str, ...]) -> list[str]:
         """Cuts a text that has blanks behind which, or in front of which, no word may end."""
-        parts = _parts(text, is_first=not joint, cut=words.cut)
-        if len(parts) > 1 and not words.is_clean("".join(joint) + parts[0]):
-            raise UncleanError
-        return parts
+        if joint or text[:1] != " ":
+            return words.cut(text)
+        head, *rest = words.cut(text[1:])
+        return [f" {head}", *rest]
 
-    def _joint(
+    def _closed(
         self, words: Words, pieces: tuple[str, ...], is_learnt: bool, at_start: bool
     ) -> tuple[int, int]:
-        """Returns tokens and target tokens of one word in pieces, every other of them learnt."""
-        if len(pieces) == 1 and not at_start and words.is_clean(pieces[0]):
-            number = words[pieces[0][1:]]
+        """Returns the same as `_joint` for a word behind which there is a blank."""
+        if len(pieces) == 1 and not at_start:
+            number = words.count([pieces[0][1:]])
             return number, number if is_learnt else 0
+        found = self._closed_joints.get((at_start, is_learnt, pieces))
+        if found is None:
+            if not words.is_clean("".join(pieces)):
+                raise UncleanError
+            found = self._joint(pieces, is_learnt, at_start)
+            if len(self._closed_joints) < _MAX_JOINTS:
+                self._closed_joints[at_start, is_learnt, pieces] = found
+        return found
+
+    def _joint(self, pieces: tuple[str, ...], is_learnt: bool, at_start: bool) -> tuple[int, int]:
+        """Returns tokens and target tokens of one word in pieces, every other of them learnt."""
         key = (at_start, is_learnt, pieces)
         found = self._joints.get(key)
         if found is None:
@@ -166,27 +174,50 @@ class TokenCounter:
     def _tokenise_joint(
         self, pieces: tuple[str, ...], is_learnt: bool, at_start: bool
     ) -> tuple[int, int]:
-        run = [] if at_start else [_ANCHOR]
-        run += [
-            Segment(text=piece, is_target=is_learnt == (k % 2 == 0))
-            for k, piece in enumerate(pieces)
-            if piece
-        ]
-        ids, mask = self._encoder.tokenise_text(run)
-        before = 0 if at_start else self._num_anchor_tokens
-        return int(ids.size) - before, int(mask.sum())
+        words = self._words
+        assert words is not None
+        flags = [is_learnt == (k % 2 == 0) for k in range(len(pieces))]
+        cut = [words.sections(piece) for piece in pieces]
+        if sum(map(len, cut)) - len(cut) != len(words.sections("".join(pieces))) - 1:
+            cut = [[piece] for piece in pieces]  # two pieces spell a special token together
+        total = learnt = 0
+        context: _Context = "start" if at_start else "word"
+        section: list[tuple[str, bool]] = []
+        for chunks, flag in zip(cut, flags, strict=True):
+            for k, chunk in enumerate(chunks):
+                if k:  # a special token stands in front of it
+                    more, more_learnt = self._section(words, context, section)
+                    total, learnt = total + more + 1, learnt + more_learnt + flag
+                    context, section = "special", []
+                if chunk:
+                    section.append((chunk, flag))
+        more, more_learnt = self._section(words, context, section)
+        return total + more, learnt + more_learnt
 
-    @functools.cached_property
-    def _num_anchor_tokens(self) -> int:
-        return int(self._encoder.tokenise_text([_ANCHOR])[0].size)
+    def _section(
+        self, words: Words, context: _Context, section: list[tuple[str, bool]]
+    ) -> tuple[int, int]:
+        """Returns tokens and target tokens of a text in pieces, behind what `context` says."""
+        if not section:
+            return 0, 0
+        if len(section) == 1 and context == "word":
+            number = words.count_last(section[0][0][1:])
+            return number, number if section[0][1] else 0
+        key = (context, tuple(section))
+        found = self._sections.get(key)
+        if found is None:
+            front = {"start": "", "word": ANCHOR, "special": words.a_special}[context]
+            run = [Segment(text=front)] if front else []
+            run += [Segment(text=text, is_target=flag) for text, flag in section]
+            ids, mask = self._encoder.tokenise_text(run)
+            found = int(ids.size) - words.front_tokens(front), int(mask.sum())
+            if len(self._sections) < _MAX_JOINTS:
+                self._sections[key] = found
+        return found
 
 
-def _parts(
-    text: str, *, is_first: bool, cut: Callable[[str], list[str]] | None = None
-) -> list[str]:
-    # The first word of a text has no blank in front of it; if it has, the blank is part of it.
-    blank = " " if is_first and text.startswith(" ") else ""
-    rest = text[1:] if blank else text
-    parts = rest.split(" ") if cut is None else cut(rest)
-    parts[0] = blank + parts[0]
+def _start_parts(text: str) -> list[str]:
+    # A text that starts with a blank: the blank is part of its first word.
+    parts = text[1:].split(" ")
+    parts[0] = f" {parts[0]}"
     return parts

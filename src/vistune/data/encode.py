@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -207,8 +208,14 @@ class Encoder:
 
     def special_text(self, turns: Sequence[Turn]) -> list[str]:
         """Returns the special tokens that the conversation's own text spells out."""
-        pattern = self._special_pattern
-        if pattern is None:
+        pattern, chars = self._special_pattern, self._special_chars
+        if pattern is None or not any(
+            char in part
+            for turn in turns
+            for part in turn.parts
+            if type(part) is str
+            for char in chars
+        ):
             return []
         return [found for turn in turns for found in pattern.findall(turn.text)]
 
@@ -380,12 +387,26 @@ class Encoder:
         )
 
     @functools.cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
+    def _special_texts(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special}
         texts.update(self.tokenizer.all_special_tokens)
-        ordered = sorted((text for text in texts if text), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        return sorted((text for text in texts if text), key=len, reverse=True)
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        texts = self._special_texts
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @functools.cached_property
+    def _special_chars(self) -> str:
+        # A text with none of these characters spells no special token: mostly "<" alone.
+        rest, chars = self._special_texts, ""
+        while rest:
+            counts = Counter(char for text in rest for char in set(text))
+            chars += max(sorted(counts), key=lambda char: counts[char])
+            rest = [text for text in rest if chars[-1] not in text]
+        return chars
 
 
 def first_token(encoding: Any, start: int) -> int:

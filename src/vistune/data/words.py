@@ -23,9 +23,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_MAX_WORDS = 200_000
+_MAX_WORDS = 400_000
 _MAX_WORD_CHARS = 48
-_ANCHOR = "a"
+ANCHOR = "a"
+"""A text in front of a word, so that the word stands where words stand."""
+_MARKS = ".,:;!?)]}'\""
+_MARK_CHARS = frozenset(_MARKS)
+_MARK_PAIR = re.compile(f"[^{re.escape(_MARKS)}][{re.escape(_MARKS)}]")
 
 _ALTERNATIVES = frozenset(
     {
@@ -77,26 +81,51 @@ class _Added:
 
     texts: tuple[str, ...]
     last_chars: frozenset[str]
+    first_chars: frozenset[str]
+
+    @classmethod
+    def of(cls, texts: tuple[str, ...]) -> _Added:
+        return cls(texts, frozenset(t[-1] for t in texts), frozenset(t[0] for t in texts))
+
+    def may_be_in(self, text: str) -> bool:
+        return not self.first_chars.isdisjoint(text)
 
     def ends(self, text: str) -> bool:
         return text[-1:] in self.last_chars and text.endswith(self.texts)
 
 
-class Words(dict[str, int]):
+class Words:
     """Tokens of words, each with the blank in front of it; filled as words are met.
 
     Args:
         backend: The tokenizer's Rust backend.
         added: The texts of its added tokens.
+        plain: Those of them that stand for themselves wherever they stand, longest first.
+        pairs: A mark behind another character, wherever a token holds the two: no merge joins any
+            others. None where a token's characters are not those of the text.
         forbidden_id: A token that no text may spell: such a word is unclean.
     """
 
-    def __init__(self, backend: Any, added: tuple[str, ...], *, forbidden_id: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        backend: Any,
+        added: tuple[str, ...],
+        *,
+        plain: list[str],
+        pairs: frozenset[str] | None,
+        forbidden_id: int,
+    ) -> None:
+        self.table: dict[str, int] = {}
+        """Tokens of the clean words met so far."""
         self._backend = backend
-        self._added = _Added(added, frozenset(text[-1] for text in added))
+        self._added = _Added.of(added)
+        self._pairs = pairs
         self._forbidden_id = forbidden_id
-        self._anchor_tokens = len(backend.encode(_ANCHOR, add_special_tokens=False))
+        self._special = re.compile("|".join(map(re.escape, plain))) if plain else None
+        self.a_special = plain[0] if plain else ""
+        """A special token."""
+        self._marks: dict[str, int] = {}
+        self._anchor_tokens = len(backend.encode(ANCHOR, add_special_tokens=False))
 
     @classmethod
     def of(cls, tokenizer: Any, *, forbidden_id: int) -> Words | None:
@@ -110,17 +139,75 @@ class Words(dict[str, int]):
         if not _cuts_at_blanks(content):
             return None
         added = tuple(token["content"] for token in content["added_tokens"])
-        return cls(tokenizer.backend_tokenizer, added, forbidden_id=forbidden_id)
+        steps = _steps(content["pre_tokenizer"], "pretokenizers")
+        in_bytes = bool(steps) and steps[-1]["type"] == "ByteLevel"
+        vocabulary = "\n".join(content["model"]["vocab"])
+        pairs = None if in_bytes else frozenset(_MARK_PAIR.findall(vocabulary))
+        return cls(
+            tokenizer.backend_tokenizer,
+            added,
+            plain=_plain_tokens(content["added_tokens"]),
+            pairs=pairs,
+            forbidden_id=forbidden_id,
+        )
 
-    def __missing__(self, word: str) -> int:
-        if not self.is_clean(word):
-            raise UncleanError
-        ids = self._backend.encode(f"{_ANCHOR} {word}", add_special_tokens=False).ids
+    def count(self, words: list[str]) -> int:
+        """Returns the tokens of words, each with a blank in front.
+
+        Raises:
+            UncleanError: A blank may not be cut at behind one of them.
+        """
+        table = self.table
+        try:
+            return sum(map(table.__getitem__, words))
+        except KeyError:
+            others = self._meet(set(words).difference(table))
+        if not others:
+            return sum(map(table.__getitem__, words))
+        return sum([others[word] if word in others else table[word] for word in words])
+
+    def _meet(self, words: set[str]) -> dict[str, int]:
+        """Learns words; returns those for which there is no room in the table."""
+        others: dict[str, int] = {}
+        for word in words:
+            if not self.is_clean(word):
+                raise UncleanError
+            has_room = len(word) <= _MAX_WORD_CHARS and len(self.table) < _MAX_WORDS
+            (self.table if has_room else others)[word] = self._learn(word)
+        return others
+
+    def _learn(self, word: str) -> int:
+        if self._pairs is not None and word[-1:] in _MARK_CHARS and not self._added.may_be_in(word):
+            # Marks at the end of a word are often tokens of their own: "door," is "door" and ",".
+            core = word.rstrip(_MARKS)
+            if core and core[-1] + word[len(core)] not in self._pairs:
+                return self.count([core]) + self._count_marks(core[-1], word[len(core) :])
+        ids = self._backend.encode(f"{ANCHOR} {word}", add_special_tokens=False).ids
         if self._forbidden_id in ids:
             raise UncleanError
-        number = len(ids) - self._anchor_tokens
-        if len(word) <= _MAX_WORD_CHARS and len(self) < _MAX_WORDS:
-            self[word] = number
+        return len(ids) - self._anchor_tokens
+
+    def count_last(self, word: str) -> int:
+        """Returns the tokens of a word where the text ends, or a special token follows."""
+        number = self.table.get(word)
+        if number is None:
+            number = self.count([word]) if self.is_clean(word) else self._learn(word)
+        return number
+
+    def front_tokens(self, front: str) -> int:
+        """Returns the tokens of "", `ANCHOR` or `a_special`."""
+        return self._anchor_tokens if front == ANCHOR else len(front[:1])
+
+    def sections(self, text: str) -> list[str]:
+        """Returns what stands between the special tokens in a text."""
+        return [text] if self._special is None else self._special.split(text)
+
+    def _count_marks(self, before: str, marks: str) -> int:
+        number = self._marks.get(before + marks)
+        if number is None:
+            whole = self._backend.encode(before + marks, add_special_tokens=False)
+            number = len(whole) - len(self._backend.encode(before, add_special_tokens=False))
+            self._marks[before + marks] = number
         return number
 
     def is_clean(self, word: str) -> bool:
@@ -152,6 +239,15 @@ def _cuts_at_blanks(content: dict[str, Any]) -> bool:
     if steps and steps[-1]["type"] == "ByteLevel":
         return _is_byte_level(steps, normalizers)
     return _marks_blanks(steps, normalizers) and _vocabulary_keeps_words(model["vocab"])
+
+
+def _plain_tokens(added: list[dict[str, Any]]) -> list[str]:
+    # They are found before anything else is done to a text, the first and longest first. Where one
+    # takes blanks with it, none is treated apart.
+    if any(token.get(key) for token in added for key in ("lstrip", "rstrip", "single_word")):
+        return []
+    texts = [token["content"] for token in added if not token.get("normalized")]
+    return sorted(texts, key=len, reverse=True)
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

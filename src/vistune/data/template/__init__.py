@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vistune.data.template.base import ChatTemplate, Segment
+from vistune.data.template.base import ChatTemplate, Segment, Stretch
 from vistune.data.template.glm import GlmTemplate
 from vistune.data.template.jinja import JinjaTemplate, template_of
 from vistune.data.template.pieces import PieceTemplate
@@ -20,6 +20,7 @@ __all__ = [
     "PieceTemplate",
     "QuestionTemplate",
     "Segment",
+    "Stretch",
     "load_template",
     "resolve_template",
     "template_of",

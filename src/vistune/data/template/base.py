@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from vistune.errors import RowError
 from vistune.recipe import Section
@@ -31,6 +32,10 @@ class Segment:
     image: int | None = None
     is_target: bool = False
     is_template: bool = False
+
+
+Stretch: TypeAlias = tuple[str, bool] | int
+"""Text and whether it is learnt, or the index of an image."""
 
 
 class ChatTemplate(Section):
@@ -68,6 +73,24 @@ class ChatTemplate(Section):
         Raises:
             RowError: The template cannot render this conversation.
         """
+
+    def stretches(self, turns: Sequence[Turn], system: str | None = None) -> list[Stretch]:
+        """Renders a conversation as `segments` does, in less time: only what decides its tokens.
+
+        Args:
+            turns: As in `segments`.
+            system: As in `segments`.
+
+        Returns:
+            Texts and images in reading order; texts of one kind may still stand side by side.
+
+        Raises:
+            RowError: The template cannot render this conversation.
+        """
+        return [
+            (segment.text, segment.is_target) if segment.image is None else segment.image
+            for segment in self.segments(turns, system)
+        ]
 
 
 def split_system(

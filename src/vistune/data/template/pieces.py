@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from vistune.data.template.base import ChatTemplate, Segment, check_order, split_system
+from vistune.data.template.base import (
+    ChatTemplate,
+    Segment,
+    Stretch,
+    check_order,
+    split_system,
+)
 from vistune.errors import RowError
 from vistune.types import Turn
 
@@ -77,6 +83,38 @@ class PieceTemplate(ChatTemplate):
         if add_generation_prompt:
             _write(out, self.answer_cue)
         return out
+
+    def stretches(self, turns: Sequence[Turn], system: str | None = None) -> list[Stretch]:
+        """Renders a conversation. See `ChatTemplate.stretches`."""
+        prompt, rest = split_system(turns, system, self.system_default)
+        check_order(rest)
+        if self.caption_only:
+            self._check_caption(rest)
+        block = "" if not prompt else f"{self.system_open}{prompt}{self.system_close}"
+        text = "" if self.system_in_user else block
+        reopen = self.user_open if self.user_reopen is None else self.user_reopen
+        out: list[Stretch] = []
+        for index, turn in enumerate(rest):
+            if turn.speaker == "user":
+                text += reopen if index else self.user_open
+                if index == 0 and self.system_in_user:
+                    text += block
+                for part in turn.parts:
+                    if isinstance(part, int):
+                        out += [(text, False), part]
+                        text = ""
+                    elif not self.caption_only:
+                        text += part
+                text += self.user_close
+                continue
+            answer = turn.text
+            out.append((text + self.answer_cue, False))
+            text = ""
+            if answer or self.close_empty:
+                out.append((f"{self.answer_open}{answer}{self.answer_close}", True))
+                text = self.answer_gap
+        out.append((text, False))
+        return [stretch for stretch in out if isinstance(stretch, int) or stretch[0]]
 
     def _answer(self, out: list[Segment], turn: Turn) -> None:
         _write(out, self.answer_cue)
