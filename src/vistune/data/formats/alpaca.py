@@ -9,11 +9,13 @@ holds earlier rounds, which are learnt too. The output `<nooutput>` says that th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vistune.data.formats.json_rows import RowContent, image_names, text_of, turn_list
+from vistune.data.formats.rendering import rounds, system_of
 from vistune.errors import RowError
-from vistune.types import Speaker
+from vistune.types import Sample, Speaker
 
 _NO_OUTPUT = "<nooutput>"
 
@@ -41,3 +43,23 @@ def interpret(row: dict[str, Any]) -> RowContent:
     turns.append(("assistant", answer))
     names = image_names(row.get("images"), key="images") or image_names(row.get("image"))
     return RowContent(turns=turns, images=names, id=row.get("id"))
+
+
+def render(sample: Sample, images: Sequence[Any]) -> dict[str, Any]:
+    """Returns a sample as a row of this format.
+
+    Args:
+        sample: The sample.
+        images: What stands for its images, in order.
+    """
+    *before, (question, answer) = rounds(sample)
+    row: dict[str, Any] = {
+        "id": sample.id,
+        "instruction": question,
+        "input": "",
+        "output": answer,
+        "history": [list(pair) for pair in before],
+        "images": list(images),
+    }
+    system = system_of(sample)
+    return {**row, "system": system} if system else row

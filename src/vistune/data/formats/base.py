@@ -153,6 +153,8 @@ def split_images(text: str, *, first: int) -> tuple[tuple[Part, ...], int]:
     Returns:
         Text and image indices in reading order, and the number of images.
     """
+    if IMAGE_MARK not in text:
+        return ((text,) if text else ()), 0
     pieces = text.split(IMAGE_MARK)
     parts: list[Part] = []
     for index, piece in enumerate(pieces):

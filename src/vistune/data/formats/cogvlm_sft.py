@@ -78,7 +78,7 @@ class CogvlmSftReader:
                     fix="add the image, or remove the label",
                 )
             images = (self._images.ref(name),)
-            turns, notes = conversation(_turns(content), num_images=1)
+            turns, notes = conversation(turns_of(content), num_images=1)
         except RowError as error:
             raise error.at(where) from error
         return Sample(
@@ -104,7 +104,8 @@ class CogvlmSftReader:
         return content
 
 
-def _turns(content: dict[str, Any]) -> list[tuple[Speaker, str]]:
+def turns_of(content: dict[str, Any]) -> list[tuple[Speaker, str]]:
+    """Returns who says what in a label; the image stands in front of the first question."""
     turns: list[tuple[Speaker, str]] = []
     for k, turn in enumerate(turn_list(content.get("conversations"), key="conversations")):
         text = text_of(turn, "content", turn=k)

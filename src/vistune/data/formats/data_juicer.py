@@ -12,12 +12,14 @@ several chunks is refused: one row holds one conversation.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vistune.data.formats.base import IMAGE_MARK
 from vistune.data.formats.json_rows import RowContent, image_names, said_by, text_of
+from vistune.data.formats.rendering import NotHeldError, marked
 from vistune.errors import RowError
-from vistune.types import Speaker
+from vistune.types import Sample, Speaker
 
 _IMAGE, _END = "<__dj__image>", "<|__dj__eoc|>"
 _SAID_BY = re.compile(r"\[\[(human|gpt|system)\]\]:[ \t]*")
@@ -53,3 +55,29 @@ def _conversation(text: str) -> list[tuple[Speaker, str]]:
     if lead.strip() and turns:  # images in front of the first role belong to the first question
         turns[0] = (turns[0][0], f"{lead.strip()}\n{turns[0][1]}")
     return turns
+
+
+_ROLES: dict[Speaker, str] = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def render(sample: Sample, images: Sequence[Any]) -> dict[str, Any]:
+    """Returns a sample as a row of this format.
+
+    Args:
+        sample: The sample.
+        images: What stands for its images, in order.
+
+    Raises:
+        NotHeldError: The format cannot say it.
+    """
+    said = [(turn.speaker, marked(turn)) for turn in sample.turns]
+    if any(mark in text for _, text in said for mark in (_IMAGE, _END)) or any(
+        _SAID_BY.search(text) for _, text in said
+    ):
+        raise NotHeldError("mark_in_text")
+    if len(said) == 2 and not said[0][1].replace(IMAGE_MARK, ""):
+        text = f"{said[0][1]}\n{said[1][1]}"
+    else:
+        text = "\n".join(f"[[{_ROLES[speaker]}]]: {text}" for speaker, text in said)
+    text = text.replace(IMAGE_MARK, _IMAGE)
+    return {"id": sample.id, "images": list(images), "text": f"{text} {_END}"}

@@ -12,10 +12,12 @@ and `gpt`. Ids may be numbers. Other keys are ignored. See `formats.base.convers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vistune.data.formats.json_rows import RowContent, image_names, said_by, text_of, turn_list
-from vistune.types import Speaker
+from vistune.data.formats.rendering import marked, one_or_list
+from vistune.types import Sample, Speaker, Turn
 
 
 def interpret(row: dict[str, Any]) -> RowContent:
@@ -31,3 +33,24 @@ def from_value_turns(row: dict[str, Any]) -> list[tuple[Speaker, str]]:
         text = text_of(turn, "value", turn=k)
         out.append((said_by(turn.get("from"), turn=k), text))
     return out
+
+
+_ROLES: dict[Speaker, str] = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def render(sample: Sample, images: Sequence[Any]) -> dict[str, Any]:
+    """Returns a sample as a row of this format.
+
+    Args:
+        sample: The sample.
+        images: What stands for its images, in order.
+    """
+    row: dict[str, Any] = {"id": sample.id}
+    if images:
+        row["image"] = one_or_list(images)
+    return {**row, "conversations": to_value_turns(sample.turns)}
+
+
+def to_value_turns(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Returns turns as `from` and `value`."""
+    return [{"from": _ROLES[turn.speaker], "value": marked(turn)} for turn in turns]

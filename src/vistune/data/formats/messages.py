@@ -13,6 +13,7 @@ answer of a row is learnt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vistune.data.formats.base import IMAGE_MARK
@@ -25,7 +26,7 @@ from vistune.data.formats.json_rows import (
 )
 from vistune.data.formats.row_images import ImageName
 from vistune.errors import RowError
-from vistune.types import Speaker
+from vistune.types import Part, Sample, Speaker
 
 
 def interpret(row: dict[str, Any]) -> RowContent:
@@ -87,3 +88,21 @@ def _bad_turn(turn: int, got: Any) -> RowError:
         got=repr(got)[:80],
         fix='write {"type": "text", "text": ...} or {"type": "image", "image": ...}',
     )
+
+
+def render(sample: Sample, images: Sequence[Any]) -> dict[str, Any]:
+    """Returns a sample as a row of this format.
+
+    Args:
+        sample: The sample.
+        images: What stands for its images, in order.
+    """
+    messages = [
+        {"role": turn.speaker, "content": [_part(part) for part in turn.parts]}
+        for turn in sample.turns
+    ]
+    return {"id": sample.id, "messages": messages, "images": list(images)}
+
+
+def _part(part: Part) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}

@@ -161,13 +161,18 @@ def _meaning(
             )
         turns, notes = captioned(_text(texts[0]).strip())
         return (images[0].ref,), turns, notes, None
-    meant = _conversation(_text(texts[0]))
+    meant = conversation_of(_text(texts[0]))
     found = [_named(name, images) for name in meant.images] if meant.images else images
     turns, notes = conversation(meant.turns, num_images=len(found))
     return tuple(member.ref for member in found), turns, notes, meant.id
 
 
-def _conversation(text: str) -> RowContent:
+def conversation_of(text: str) -> RowContent:
+    """Returns what a json member means.
+
+    Raises:
+        RowError: It is no conversation.
+    """
     try:
         content = json.loads(text)
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a character fails here

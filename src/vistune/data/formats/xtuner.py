@@ -10,6 +10,7 @@ without a question is no conversation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vistune.data.formats.json_rows import (
@@ -19,8 +20,9 @@ from vistune.data.formats.json_rows import (
     text_of,
     turn_list,
 )
+from vistune.data.formats.rendering import one_or_list, rounds, system_of
 from vistune.errors import RowError
-from vistune.types import Speaker
+from vistune.types import Sample, Speaker
 
 
 def interpret(row: dict[str, Any]) -> RowContent:
@@ -42,3 +44,20 @@ def interpret(row: dict[str, Any]) -> RowContent:
             turns.append(("system", system))
         turns += [("user", question), ("assistant", answer)]
     return RowContent(turns=turns, images=image_names(row.get("image")), id=row.get("id"))
+
+
+def render(sample: Sample, images: Sequence[Any]) -> dict[str, Any]:
+    """Returns a sample as a row of this format.
+
+    Args:
+        sample: The sample.
+        images: What stands for its images, in order.
+    """
+    pairs = [{"input": question, "output": answer} for question, answer in rounds(sample)]
+    system = system_of(sample)
+    if system:
+        pairs[0] = {"system": system, **pairs[0]}
+    row: dict[str, Any] = {"id": sample.id}
+    if images:
+        row["image"] = one_or_list(images)
+    return {**row, "conversation": pairs}
