@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from vistune._version import __version__
-from vistune.cli import chat, data, doctor, evaluate, export, quickstart, recipe, train
+from vistune.cli import chat, compare, data, doctor, evaluate, export, quickstart, recipe, train
 from vistune.errors import VistuneError
 
 DEBUG_VARIABLE = "VISTUNE_DEBUG"
@@ -33,6 +33,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
+app.add_typer(compare.app, name="compare")
 app.command("doctor")(doctor.doctor)
 
 
@@ -65,6 +66,9 @@ def main() -> None:
         # A terminal or pipe that cannot show a character shows a mark in its place instead of
         # ending the run.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    # Threads that spin while they wait starve each other as soon as cores are shared: the same
+    # training step then takes many times as long. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except VistuneError as error:
