@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vistune.compare.parity import TOLERANCE
+from vistune.compare.parity import relative_error as relative_error
 from vistune.models.cogvlm2 import CogVLM2Config, CogVLM2ForConditionalGeneration
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "cogvlm2"
-# Float32 on a CPU: both sides round differently in sums of up to 96 terms over three layers.
-REL = 2e-5
+REL = TOLERANCE
 
 
 def load_config(**changes: object) -> CogVLM2Config:
@@ -32,13 +33,6 @@ def load_model(**changes: object) -> CogVLM2ForConditionalGeneration:
 def load_arrays() -> dict[str, Tensor]:
     with np.load(FIXTURE / "io.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value of the reference."""
-    assert ours.shape == theirs.shape
-    theirs = theirs.detach()
-    return float((ours.detach() - theirs).abs().max() / theirs.abs().max())
 
 
 def pack(samples: list[Tensor]) -> dict[str, object]:

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vistune.compare.parity import TOLERANCE
+from vistune.compare.parity import relative_error as relative_error
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 from vistune.models.mgm.keys import mgm_map
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "mgm_gemma"
-# Float32 on a CPU: both sides round differently in sums of up to 240 terms over two layers.
-REL = 2e-5
+REL = TOLERANCE
 RUNS = ("grid1", "grid2", "grid2_global")
 _HEAD = "language_model.lm_head.weight"
 _TABLE = "language_model.model.embed_tokens.weight"
@@ -51,12 +52,6 @@ def load_model(run: str, **changes: Any) -> MGMForConditionalGeneration:
 def load_arrays(run: str) -> dict[str, Tensor]:
     with np.load(FIXTURE / f"io_{run}.npz") as arrays:
         return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value of the reference."""
-    assert ours.shape == theirs.shape
-    return float((ours.detach() - theirs).abs().max() / theirs.abs().max())
 
 
 @dataclass

@@ -1,0 +1,6 @@
+"""Parity: a reference dump (weights, config, inputs, outputs) against this implementation."""
+
+from vistune.compare.parity.directory import ParityReport, compare_directory
+from vistune.compare.parity.ledger import TOLERANCE, Check, relative_error
+
+__all__ = ["TOLERANCE", "Check", "ParityReport", "compare_directory", "relative_error"]
