@@ -60,6 +60,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The text of the turn, images left out."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):
+            return self.parts[0]
         return "".join(part for part in self.parts if isinstance(part, str))
 
 

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from data_helpers import make_encoder, make_images, talk, write_rows
 
-from vistune.data import check as module
 from vistune.data.check import CheckReport, check_sources
 from vistune.data.formats import open_source
 from vistune.recipe import SourceConfig
@@ -72,6 +70,7 @@ def test_rejects_notes_and_report(tmp_path: Path) -> None:
         "special_token_in_text": 1,
         "leading_answer_dropped": 1,
     }
+    assert report.note_rows["duplicate_id"] == ["train.jsonl:7 (id 0)"]
     assert "image_missing: train.jsonl:3" in report.table()
     content = json.loads(json.dumps(report.to_json()))
     assert (content["num_rows"], content["num_ok"], content["num_rejected"]) == (9, 5, 4)
@@ -86,7 +85,7 @@ def test_truncation_is_counted(tmp_path: Path) -> None:
     path = write_rows(tmp_path, [{"conversations": talk("a", "word " * 500)}])
     report = check(path, overlong="truncate_text")
     assert report.lengths.tolist() == [400]
-    assert report.notes == {"truncated": 1}
+    assert report.notes == {"truncated": 1, "answer_seems_cut_off": 1}
 
 
 def test_deep_finds_what_headers_hide(tmp_path: Path) -> None:
@@ -99,21 +98,3 @@ def test_deep_finds_what_headers_hide(tmp_path: Path) -> None:
     file.write_bytes(bytes(content))
     assert check(path).num_ok == 2
     assert check(path, deep=True).by_reason() == {"image_corrupt": 1}
-
-
-@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_processes_find_the_same(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_ROWS_WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 4)
-    rows = rows_of(tmp_path, 10)
-    (tmp_path / "7.jpg").write_bytes(b"no image")
-    path = write_rows(tmp_path, rows, name)
-    seen: list[tuple[int, int]] = []
-    several = check(path, workers=2, progress=lambda done, total: seen.append((done, total)))
-    alone = check(path)
-    assert several.to_json() == alone.to_json()
-    assert several.lengths.tolist() == alone.lengths.tolist()
-    assert several.rejected == alone.rejected
-    assert seen == [(4, 10), (8, 10), (10, 10)]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vistune.data.order import StepPlan, epoch_indices, pack, plan_epoch
+from vistune.data.mix import Share, epoch_indices, epoch_sizes, grouped, spread
+from vistune.data.order import EpochPlan, StepPlan, plan_epoch
+from vistune.data.pack import Bounds, pack
 from vistune.errors import DataError
 from vistune.recipe import BatchConfig
 
 LENGTHS = np.random.default_rng(3).integers(5, 400, 500).astype(np.int32)
 
 
-def plan(batch: BatchConfig, **change: Any) -> list[StepPlan]:
+def plan(batch: BatchConfig, **change: Any) -> EpochPlan:
     options = {"seed": 7, "epoch": 0, "shuffle": True, **change}
     lengths = options.pop("lengths", LENGTHS)
     return plan_epoch(lengths, batch, **options)
 
 
-def samples_of(steps: list[StepPlan]) -> list[int]:
+def samples_of(steps: Iterable[StepPlan]) -> list[int]:
     return [index for step in steps for row in step.rows for index in row]
 
 
@@ -113,7 +117,7 @@ def test_packing_wastes_little() -> None:
     # Text lengths of an instruction mix with 576 image tokens each, at 4,096 tokens a row.
     rng = np.random.default_rng(0)
     sizes = (576 + np.exp(rng.normal(np.log(170), 0.85, 3000)).clip(16, 1400)).astype(int).tolist()
-    rows = pack(list(range(3000)), sizes, max_tokens=4096)
+    rows = pack(list(range(3000)), sizes, bounds=Bounds(4096))
     assert sorted(index for row in rows for index in row) == list(range(3000))
     # First fit in arrival order reaches about 0.90 here, best fit decreasing 0.949; ours 0.996.
     assert sum(sizes) / (len(rows) * 4096) > 0.985
@@ -121,7 +125,9 @@ def test_packing_wastes_little() -> None:
 
 def test_epochs_of_sources() -> None:
     def indices(epoch: int, *, shuffle: bool = True) -> list[int]:
-        order = epoch_indices([10, 6, 5], [1.0, 2.0, 0.4], seed=0, epoch=epoch, shuffle=shuffle)
+        order = epoch_indices(
+            [Share(10), Share(6, 2.0), Share(5, 0.4)], seed=0, epoch=epoch, shuffle=shuffle
+        )
         return [int(k) for k in order]
 
     counts = Counter(indices(0))
@@ -134,5 +140,126 @@ def test_epochs_of_sources() -> None:
     assert len(seen) == 5
     assert indices(0) != indices(1)
     assert indices(1, shuffle=False) == [*range(10), *range(10, 16), *range(10, 16), 18, 19]
-    part = epoch_indices([4], [1.5], seed=0, epoch=0, shuffle=False)
+    part = epoch_indices([Share(4, 1.5)], seed=0, epoch=0, shuffle=False)
     assert part.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_plan_is_a_sequence_that_can_be_kept(tmp_path: Path) -> None:
+    made = plan(BatchConfig(max_tokens=512, samples=16), world_size=3, rank=1)
+    with (tmp_path / "p").open("wb") as file:
+        made.save(file)
+    again = EpochPlan.load(tmp_path / "p")
+    assert again == made
+    assert list(again) == list(made) == [*made[:5], *made.from_step(5)]
+    assert again[-1] == made[len(made) - 1]
+    assert made.max_rows == max(len(step.rows) for step in made)
+    assert made.max_samples == max(sum(map(len, step.rows)) for step in made)
+    with pytest.raises(IndexError):
+        made[len(made)]
+    assert list(EpochPlan.of([[(), (1,)], [(2, 3)]])) == [
+        StepPlan(((), (1,))),
+        StepPlan(((2, 3),)),
+    ]
+
+
+def test_every_window_holds_each_source_in_its_share() -> None:
+    sizes = [7_000, 2_500, 500]
+    order = epoch_indices([Share(n) for n in sizes], seed=1, epoch=0, shuffle=True)
+    assert sorted(order.tolist()) == list(range(10_000))
+    source = np.searchsorted(np.cumsum(sizes), order, side="right")
+    for number, size in enumerate(sizes):
+        held = np.concatenate([[0], np.cumsum(source == number)])
+        for window in (20, 128, 1000):
+            counts = held[window:] - held[:-window]
+            # One sample too many or few at either end of the window, for each of the sources that
+            # decide how far the window reaches.
+            assert np.abs(counts - window * size / 10_000).max() <= 3
+    assert not np.array_equal(
+        order, epoch_indices([Share(n) for n in sizes], seed=1, epoch=1, shuffle=True)
+    )
+
+
+def test_spread_keeps_the_order_within_a_source() -> None:
+    sources = [np.arange(50), np.arange(100, 103), np.zeros(0, dtype=np.int64)]
+    mixed = spread(sources, np.random.default_rng(0))
+    assert mixed[mixed < 100].tolist() == list(range(50))
+    assert mixed[mixed >= 100].tolist() == [100, 101, 102]
+
+
+def test_weights_and_caps_decide_how_many() -> None:
+    assert epoch_sizes([Share(100, weight=3.0), Share(900, weight=1.0)]) == [750, 250]
+    assert epoch_sizes([Share(100, weight=1.0), Share(0, weight=5.0)]) == [100, 0]
+    assert epoch_sizes([Share(10, weight=1.0)] * 3) == [10, 10, 10]
+    assert epoch_sizes([Share(7, weight=1.0), Share(3, weight=1.0)]) == [5, 5]
+    assert epoch_sizes([Share(100, 2.0), Share(50, max_samples=20)]) == [200, 20]
+    shares = [Share(100, weight=3.0), Share(900, weight=1.0)]
+    seen = Counter(
+        int(k)
+        for epoch in range(4)
+        for k in epoch_indices(shares, seed=0, epoch=epoch, shuffle=True)
+    )
+    # 3,000 of 100 samples, 1,000 of 900: every sample as often as any other, within one.
+    assert {seen[k] for k in range(100)} == {30}
+    assert {seen[k] for k in range(100, 1000)} == {1, 2}
+
+
+def test_a_cap_goes_on_where_the_last_epoch_ended() -> None:
+    shares = [Share(10, max_samples=5)]
+    epochs = [
+        set(epoch_indices(shares, seed=0, epoch=epoch, shuffle=True).tolist()) for epoch in (0, 1)
+    ]
+    assert epochs[0] | epochs[1] == set(range(10))
+
+
+@pytest.mark.parametrize("by", ["length", "modality"])
+def test_grouping_makes_steps_alike_and_loses_none(by: Any) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(50, 2000, 5000).astype(np.int32)
+    images = rng.random(5000) < 0.8
+    order = rng.permutation(5000)
+    options = {"by": by, "step_samples": 16, "seed": 3, "epoch": 0}
+    found = grouped(order, lengths, images, **options)
+    assert sorted(found.tolist()) == list(range(5000))
+    assert np.array_equal(found, grouped(order, lengths, images, **options))
+    steps = found[: 5000 // 16 * 16].reshape(-1, 16)
+    spreads = np.ptp(lengths[steps], axis=1)
+    random = np.ptp(lengths[order[: 5000 // 16 * 16].reshape(-1, 16)], axis=1)
+    assert np.median(spreads) < np.median(random) / 10
+    if by == "modality":
+        assert np.mean([len(set(images[step])) == 1 for step in steps]) > 0.98
+    first, second = lengths[steps[: len(steps) // 2]], lengths[steps[len(steps) // 2 :]]
+    assert abs(first.mean() - second.mean()) < 150  # not sorted from one end to the other
+
+
+def test_rows_keep_every_bound() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.choice([0, 576, 1152], 400).astype(np.int32)
+    lengths = images + rng.integers(20, 700, 400).astype(np.int32)
+    batch = BatchConfig(max_tokens=4096, samples=50, max_image_tokens=1728, max_text_tokens=1500)
+    made = plan(batch, lengths=lengths, image_tokens=images)
+    assert sorted(samples_of(made)) == list(range(400))
+    rows = [list(row) for step in made for row in step.rows]
+    assert max(images[row].sum() for row in rows) <= 1728
+    assert max((lengths[row] - images[row]).sum() for row in rows) <= 1500
+    with pytest.raises(DataError, match="longer than a row") as caught:
+        plan(
+            BatchConfig(max_tokens=4096, samples=50, max_image_tokens=600),
+            lengths=lengths,
+            image_tokens=images,
+        )
+    assert caught.value.where == "batch.max_image_tokens"
+
+
+def test_ranks_share_the_work_of_attention_too() -> None:
+    # Long samples cost more than their tokens: rows of equal tokens, but unequal work.
+    lengths = np.array([4096] * 8 + [128] * 256, dtype=np.int32)
+    batch = BatchConfig(max_tokens=4096, samples=lengths.size)
+    work = lengths + lengths.astype(float) ** 2 / 49_152
+    loads = [
+        sum(work[list(row)].sum() for step in made for row in step.rows)
+        for made in (
+            plan(batch, lengths=lengths, world_size=4, rank=rank, shuffle=False)
+            for rank in range(4)
+        )
+    ]
+    assert max(loads) / min(loads) < 1.001

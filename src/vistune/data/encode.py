@@ -18,45 +18,19 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vistune.data.image import ImageLike, ImagePlan, load, probe
+from vistune.data.image import ImageLike, ImagePlan, full_size, load, probe
 from vistune.data.template import ChatTemplate, Segment, load_template
+from vistune.data.tokens import Overlong, Tokens, first_token, fit, last_token, overlong_error
 from vistune.errors import DataError, RowError, TemplateError
 from vistune.types import EncodedSample, ImageRef, Sample, Turn, VisionGrid
 
-Overlong: TypeAlias = Literal["error", "drop", "truncate_text"]
 Size: TypeAlias = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A tokenised conversation.
-
-    Args:
-        ids: int64 [T].
-        mask: bool [T]; True where the token is a target.
-        image_starts: First position of every image's run.
-        image_lengths: Length of every image's run.
-        image_order: Which image of the sample each run stands for.
-        truncated: Tokens cut off the end.
-    """
-
-    ids: npt.NDArray[np.int64]
-    mask: npt.NDArray[np.bool_]
-    image_starts: tuple[int, ...] = ()
-    image_lengths: tuple[int, ...] = ()
-    image_order: tuple[int, ...] = ()
-    truncated: int = 0
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image tokens among the ids."""
-        return sum(self.image_lengths)
 
 
 @dataclass(frozen=True)
@@ -149,8 +123,7 @@ class Encoder:
         Args:
             sample: The sample.
             max_tokens: Most tokens it may have.
-            overlong: What is done with more: `error` and `drop` raise, `truncate_text` cuts the
-                end, never inside an image.
+            overlong: What is done with more: see `fitted`.
             with_pixels: Decode and preprocess the images.
 
         Raises:
@@ -159,15 +132,15 @@ class Encoder:
         try:
             if with_pixels:
                 images = [load(image, self.image_plan) for image in sample.images]
-                sizes = [(image.height, image.width) for image in images]
+                sizes = [full_size(image) for image in images]
             else:
                 images = []
                 sizes = [probe(image, self.image_plan) for image in sample.images]
-            tokens = fit(
-                self.tokenise_turns(sample.turns, sizes), max_tokens=max_tokens, policy=overlong
-            )
+            tokens = self.fitted(sample.turns, sizes, max_tokens=max_tokens, overlong=overlong)
         except RowError as error:
             raise error.at(_place(sample)) from error
+        if tokens.image_scale != 1:
+            images = [_scaled(image, tokens.image_scale) for image in images]
         pixels = [self.image_plan.apply(images[i]) for i in tokens.image_order if with_pixels]
         return EncodedSample(
             id=sample.id,
@@ -177,6 +150,80 @@ class Encoder:
             pixel_values=pixels,
             num_image_tokens=tokens.num_image_tokens,
         )
+
+    def fitted(
+        self, turns: Sequence[Turn], sizes: Sequence[Size], *, max_tokens: int, overlong: Overlong
+    ) -> Tokens:
+        """Returns ids and mask of a conversation, made to fit into a row.
+
+        Args:
+            turns: The conversation.
+            sizes: (height, width) of its images, by index.
+            max_tokens: Most tokens it may have.
+            overlong: What is done with more: `error` and `drop` refuse; `drop_turn` leaves out the
+                last rounds, and with them their images; `shrink_image` scales all images down;
+                `truncate_text` cuts the end, never inside an image.
+
+        Raises:
+            RowError: It cannot be rendered, is too long, or has no target token (left).
+            DataError: Images are to be shrunk, and the model takes them in one size only.
+        """
+        if overlong == "shrink_image":
+            self.require_policy(overlong)
+        tokens = self.tokenise_turns(turns, sizes)
+        if tokens.ids.size > max_tokens:
+            if overlong == "drop_turn":
+                tokens = self._with_fewer_turns(turns, sizes, max_tokens, tokens)
+            elif overlong == "shrink_image":
+                tokens = self._with_smaller_images(turns, sizes, max_tokens, tokens)
+        return fit(tokens, max_tokens=max_tokens, policy=overlong)
+
+    def require_policy(self, overlong: Overlong) -> None:
+        """Refuses a policy that could have no effect.
+
+        Raises:
+            DataError: Images are to be shrunk, and the model takes them in one size only.
+        """
+        one = self.image_plan.size_for(64, 640)
+        if overlong == "shrink_image" and one == self.image_plan.size_for(640, 640):
+            raise DataError(
+                f"every image becomes {self.grid.num_tokens(*one):,} tokens whatever its size, so"
+                " shrinking it would save nothing",
+                where="data.overlong",
+                got="shrink_image",
+                expected="error, drop, drop_turn or truncate_text",
+                fix="data.overlong=drop_turn; or a smaller data.image.size_px, if the tower takes"
+                " it",
+            )
+
+    def _with_fewer_turns(
+        self, turns: Sequence[Turn], sizes: Sequence[Size], max_tokens: int, whole: Tokens
+    ) -> Tokens:
+        first = 1 if turns and turns[0].speaker == "system" else 0
+        low, high = 0, (len(turns) - first) // 2  # rounds that fit, rounds that do not
+        best = whole
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = turns[: first + 2 * middle]
+            tokens = self.tokenise_turns(kept, sizes)
+            if tokens.ids.size <= max_tokens:
+                low, best = middle, replace(tokens, dropped_turns=len(turns) - len(kept))
+            else:
+                high = middle
+        return best
+
+    def _with_smaller_images(
+        self, turns: Sequence[Turn], sizes: Sequence[Size], max_tokens: int, whole: Tokens
+    ) -> Tokens:
+        best, low, high = whole, 0.0, 1.0  # scales that fit, that do not
+        for _ in range(8):  # to 1/256
+            scale = (low + high) / 2
+            tokens = self.tokenise_turns(turns, [_scaled_size(size, scale) for size in sizes])
+            if tokens.ids.size <= max_tokens:
+                low, best = scale, replace(tokens, image_scale=scale)
+            else:
+                high = scale
+        return best
 
     def encode_prompt(
         self, turns: Sequence[Turn], images: Sequence[ImageRef | Image.Image] = ()
@@ -191,7 +238,7 @@ class Encoder:
             RowError: The conversation cannot be rendered or an image cannot be read.
         """
         loaded = [load(image, self.image_plan) for image in images]
-        sizes = [(image.height, image.width) for image in loaded]
+        sizes = [full_size(image) for image in loaded]
         tokens = self.tokenise_turns(turns, sizes, add_generation_prompt=True)
         return EncodedSample(
             id="prompt",
@@ -206,18 +253,13 @@ class Encoder:
         """Returns the rendered conversation with this encoder's template and system prompt."""
         return self.template.segments(turns, self.system)
 
-    def special_text(self, turns: Sequence[Turn]) -> list[str]:
-        """Returns the special tokens that the conversation's own text spells out."""
-        pattern, chars = self._special_pattern, self._special_chars
-        if pattern is None or not any(
-            char in part
-            for turn in turns
-            for part in turn.parts
-            if type(part) is str
-            for char in chars
-        ):
+    def special_text(self, text: str) -> list[str]:
+        """Returns the special tokens that a text spells out."""
+        pattern = self._special_pattern
+        if pattern is None or not any(char in text for char in self._special_chars):
             return []
-        return [found for turn in turns for found in pattern.findall(turn.text)]
+        found: list[str] = pattern.findall(text)
+        return found
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -409,113 +451,18 @@ class Encoder:
         return chars
 
 
-def first_token(encoding: Any, start: int) -> int:
-    """Returns the first token of which a character at or behind `start` is part.
-
-    Args:
-        encoding: A `tokenizers.Encoding`; of its tokens only about twenty are looked at.
-        start: Index of a character.
-    """
-    low, high = 0, len(encoding)
-    while low < high:
-        middle = (low + high) // 2
-        begin, stop = encoding.token_to_chars(middle)
-        if begin >= start or stop > start:
-            high = middle
-        else:
-            low = middle + 1
-    return _behind_blank(encoding, low, start)
+def _scaled_size(size: Size, scale: float) -> Size:
+    height, width = size
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def last_token(encoding: Any, end: int, low: int) -> int:
-    """Returns one past the last token of which a character before `end` is part.
-
-    Args:
-        encoding: A `tokenizers.Encoding`.
-        end: One past the index of the last character.
-        low: A token that is not behind it.
-    """
-    high = len(encoding)
-    while low < high:
-        middle = (low + high) // 2
-        if encoding.token_to_chars(middle)[0] >= end:
-            high = middle
-        else:
-            low = middle + 1
-    return _behind_blank(encoding, low, end)
-
-
-def _behind_blank(encoding: Any, token: int, at: int) -> int:
-    # Some tokenizers report a token without the blanks it stands for: a token of blanks before
-    # `at` is then reported as empty, at `at`. It still belongs to what lies before. (A token that
-    # really stands for nothing, such as a blank put in front of a text, begins where the one before
-    # it ended, and belongs to what follows.)
-    while token < len(encoding) and encoding.token_to_chars(token) == (at, at):
-        covered = encoding.token_to_chars(token - 1)[1] if token else 0
-        if covered >= at:
-            break
-        token += 1
-    return token
-
-
-def fit(tokens: Tokens, *, max_tokens: int, policy: Overlong) -> Tokens:
-    """Returns tokens that a row can hold and that teach something.
-
-    Args:
-        tokens: A tokenised sample.
-        max_tokens: Most tokens it may have.
-        policy: `truncate_text` cuts the end, never inside an image; the others refuse.
-
-    Raises:
-        RowError: It is too long, or has no target token (left).
-    """
-    total = int(tokens.ids.size)
-    if total > max_tokens:
-        if policy != "truncate_text":
-            raise RowError(
-                f"{total} tokens ({tokens.num_image_tokens} of them image tokens) are more than one"
-                " row holds",
-                reason="overlong",
-                got=total,
-                expected=f"at most {max_tokens} (batch.max_tokens)",
-                fix="raise batch.max_tokens, or set data.overlong to drop or truncate_text",
-            )
-        tokens = _cut(tokens, max_tokens)
-    # The first position of a sample is predicted from nothing, so it cannot be a target.
-    if not tokens.mask[1:].any():
-        if tokens.truncated:
-            raise RowError(
-                f"cut to {max_tokens} tokens, no target token is left of {total}",
-                reason="overlong_no_target",
-                got=total,
-                expected=f"at most {max_tokens} (batch.max_tokens)",
-                fix="raise batch.max_tokens",
-            )
-        raise RowError("no token is a target", reason="no_target", fix="give the row an answer")
-    return tokens
-
-
-def _cut(tokens: Tokens, max_tokens: int) -> Tokens:
-    end = max_tokens
-    kept = 0
-    for start, length in zip(tokens.image_starts, tokens.image_lengths, strict=True):
-        if start + length <= end:
-            kept += 1
-        elif start < end:
-            end = start
-    return replace(
-        tokens,
-        ids=tokens.ids[:end],
-        mask=tokens.mask[:end],
-        image_starts=tokens.image_starts[:kept],
-        image_lengths=tokens.image_lengths[:kept],
-        image_order=tokens.image_order[:kept],
-        truncated=int(tokens.ids.size) - end,
-    )
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
+    height, width = _scaled_size(full_size(image), scale)
+    return image.resize((width, height), resample=Image.Resampling.BICUBIC)
 
 
 def _place(sample: Sample) -> str:
     return f"{sample.where} (id {sample.id})"
 
 
-__all__ = ["Encoder", "ImageLike", "Overlong", "Tokens", "fit"]
+__all__ = ["Encoder", "ImageLike", "Overlong", "Tokens", "fit", "overlong_error"]

@@ -124,6 +124,8 @@ class Sizes:
         Raises:
             ImageError: As `image.probe`.
         """
+        if image.span is not None or image.content is not None:
+            return probe(image, self._plan)
         size = self._known.get(image.path)
         if size is not None:
             return size

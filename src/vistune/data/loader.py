@@ -12,13 +12,15 @@ put in its place. Anything else that goes wrong in a worker stops the run with i
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,11 +29,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from vistune.data.cache import cache_folder, write_once
 from vistune.data.check import CheckReport, check_sources
 from vistune.data.collate import pack_row
 from vistune.data.encode import Encoder, Overlong
 from vistune.data.formats import RowReader, open_source
-from vistune.data.order import StepPlan, epoch_indices, plan_epoch
+from vistune.data.index.key import short_hash
+from vistune.data.mix import Share, epoch_indices, epoch_sizes, grouped
+from vistune.data.order import EpochPlan, StepPlan, plan_epoch
 from vistune.data.rejects import reject
 from vistune.errors import DataError, RowError
 from vistune.recipe import BatchConfig, DataConfig
@@ -39,6 +44,7 @@ from vistune.types import Batch, EncodedSample, Rejected
 
 _PREFETCH_ROWS = 256
 """Most rows that all workers together hold ready."""
+_SAMPLES_WORTH_KEEPING = 50_000
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_ROWS = 64
 """Rows of one step that may stay in shared memory: each holds a file descriptor."""
@@ -94,6 +100,7 @@ class _Rows(Dataset[_Item]):
     encoder: Encoder
     max_tokens: int
     overlong: Overlong
+    lengths: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
         self._edges = np.cumsum([0, *(rows.size for rows in self.accepted)])
@@ -117,13 +124,26 @@ class _Rows(Dataset[_Item]):
             try:
                 sample = reader.read(row)
                 id = sample.id
-                samples.append(
-                    self.encoder.encode(sample, max_tokens=self.max_tokens, overlong=self.overlong)
+                encoded = self.encoder.encode(
+                    sample, max_tokens=self.max_tokens, overlong=self.overlong
                 )
+                self._require_planned(index, encoded)
+                samples.append(encoded)
             except RowError as error:
                 where = reader.where(row)
                 rejected.append(reject(error, source=reader.name, where=where, id=id))
         return pack_row(samples, rejected=rejected, read_s=time.perf_counter() - began)
+
+    def _require_planned(self, index: int, encoded: EncodedSample) -> None:
+        planned, found = int(self.lengths[index]), int(encoded.input_ids.size)
+        if planned != found:
+            raise RowError(
+                "the row or its images were changed since they were checked",
+                reason="changed_since_check",
+                got=f"{found} tokens",
+                expected=planned,
+                fix="check the dataset again: vistune data check",
+            )
 
 
 class _Order(Sampler[tuple[int, ...]]):
@@ -175,9 +195,11 @@ class TrainData:
             report = check_sources(
                 data.train,
                 encoder,
-                max_tokens=batch.max_tokens,
+                max_tokens=batch.row_tokens,
                 overlong=data.overlong,
                 workers=data.workers,
+                rank=rank,
+                world_size=world_size,
                 progress=progress,
             )
         require_usable(report, data)
@@ -186,15 +208,21 @@ class TrainData:
         self.encoder = encoder
         self._data, self._batch, self._seed = data, batch, seed
         self._world_size, self._rank, self._pin_memory = world_size, rank, pin_memory
-        self._rows = _Rows(readers, report.accepted, encoder, batch.max_tokens, data.overlong)
-        if not self.samples_per_epoch():
+        self._rows = _Rows(
+            readers, report.accepted, encoder, batch.row_tokens, data.overlong, report.lengths
+        )
+        self._shares = [
+            Share.of(source, rows.size)
+            for source, rows in zip(data.train, report.accepted, strict=True)
+        ]
+        if not sum(epoch_sizes(self._shares)):
             raise DataError(
                 "an epoch of the run holds no sample",
                 where="data.train[].epochs",
                 got=[source.epochs for source in data.train],
                 fix="raise it",
             )
-        self._plans: dict[int, list[StepPlan]] = {}
+        self._plans: dict[int, EpochPlan] = {}
         self._iterator: Iterator[_Item] | None = None
         self._generation = 0
 
@@ -205,22 +233,24 @@ class TrainData:
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Returns the optimizer steps of an epoch (packing can make epochs differ by a few)."""
+        if self._batch.samples is not None:
+            return -(-self.samples_per_epoch() // self._batch.samples)
         return len(self._plan(epoch))
 
     def samples_per_epoch(self, epoch: int = 0) -> int:
         """Returns the samples of an epoch, `epochs` of every source taken into account."""
-        return int(self._indices(epoch).size)
+        return sum(epoch_sizes(self._shares))
 
     def plans(self, start_step: int = 0) -> Iterator[StepPlan]:
         """Yields this rank's steps from `start_step` on, epoch after epoch, without end."""
         epoch, behind = 0, start_step
         if self._batch.samples is not None:  # then every epoch has the same number of steps
-            epoch, behind = divmod(start_step, len(self._plan(0)))
+            epoch, behind = divmod(start_step, self.steps_per_epoch())
         while behind >= len(self._plan(epoch)):
             behind -= len(self._plan(epoch))
             epoch += 1
         while True:
-            yield from self._plan(epoch)[behind:]
+            yield from self._plan(epoch).from_step(behind)
             epoch, behind = epoch + 1, 0
 
     def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
@@ -282,8 +312,7 @@ class TrainData:
     def _prefetch_rows(self, workers: int) -> int:
         """Rows every worker holds ready: together a step and a half, as memory allows."""
         plan = self._plan(0)
-        rows = max(len(step.rows) for step in plan)
-        samples = max(sum(len(row) for row in step.rows) for step in plan)
+        rows, samples = plan.max_rows, plan.max_samples
         images = samples * self.report.num_images / self.report.num_ok
         row_bytes = 12 * self.encoder.image_plan.size_px**2 * images / rows  # float32, 3 channels
         room = min(rows * 1.5, _PREFETCH_ROWS)
@@ -291,29 +320,69 @@ class TrainData:
             room = min(room, shutil.disk_usage(_SHARED_MEMORY).free / 2 / row_bytes)
         return max(2, math.ceil(room / workers))
 
-    def _plan(self, epoch: int) -> list[StepPlan]:
+    def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
             while len(self._plans) > 1:  # the loader runs ahead by an epoch at most
                 del self._plans[min(self._plans)]
-            self._plans[epoch] = plan_epoch(
-                self.report.lengths,
-                self._batch,
-                seed=self._seed,
-                epoch=epoch,
-                shuffle=self._data.shuffle,
-                world_size=self._world_size,
-                rank=self._rank,
-                indices=self._indices(epoch),
-            )
+            self._plans[epoch] = self._kept_plan(epoch)
         return self._plans[epoch]
 
-    def _indices(self, epoch: int) -> npt.NDArray[np.int64]:
-        return epoch_indices(
-            [rows.size for rows in self.report.accepted],
-            [source.epochs for source in self._data.train],
+    def _kept_plan(self, epoch: int) -> EpochPlan:
+        """Returns the plan of an epoch; a long one is kept on disk for the next start."""
+        if self.num_samples < _SAMPLES_WORTH_KEEPING:
+            return self._new_plan(epoch)
+        path = cache_folder("plans") / f"{self._plan_key(epoch)}.npz"
+        try:
+            return EpochPlan.load(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            path.unlink(missing_ok=True)
+        plan = self._new_plan(epoch)
+        write_once(path, plan.save)
+        return plan
+
+    def _plan_key(self, epoch: int) -> str:
+        report = self.report
+        facts = {
+            "layout": 1,
+            "lengths": [
+                hashlib.blake2b(np.ascontiguousarray(a).tobytes(), digest_size=16).hexdigest()
+                for a in (report.lengths, report.image_tokens)
+            ],
+            "shares": [asdict(share) for share in self._shares],
+            "batch": self._batch.model_dump(mode="json"),
+            "order": [self._data.shuffle, self._data.group_by, self._seed, epoch],
+            "ranks": [self._world_size, self._rank],
+        }
+        return short_hash(facts)
+
+    def _new_plan(self, epoch: int) -> EpochPlan:
+        report, batch = self.report, self._batch
+        indices = epoch_indices(
+            self._shares, seed=self._seed, epoch=epoch, shuffle=self._data.shuffle
+        )
+        step_samples = batch.samples
+        if step_samples is None:
+            assert batch.tokens is not None
+            step_samples = max(1, round(batch.tokens * report.num_ok / report.num_tokens))
+        indices = grouped(
+            indices,
+            report.lengths,
+            report.image_tokens > 0,
+            by=self._data.group_by,
+            step_samples=step_samples,
+            seed=self._seed,
+            epoch=epoch,
+        )
+        return plan_epoch(
+            report.lengths,
+            batch,
             seed=self._seed,
             epoch=epoch,
             shuffle=self._data.shuffle,
+            world_size=self._world_size,
+            rank=self._rank,
+            indices=indices,
+            image_tokens=report.image_tokens,
         )
 
 

@@ -1,23 +1,31 @@
 """Which samples make which row of which optimizer step: a pure function of lengths and seed.
 
 Nothing here reads a file or keeps state, so a run resumes from a step number alone, and every rank
-computes its own share without talking to the others.
+computes its own share without talking to the others. With `batch.samples`, what a step holds does
+not depend on how many ranks there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from vistune.data.mix import Share, epoch_indices
+from vistune.data.pack import Bounds, pack
 from vistune.errors import DataError
 from vistune.recipe import BatchConfig
 
 _WINDOW_ROWS = 64
 """Rows packed together from one stretch of the order: enough to fill them, few enough that the
 order stays about as drawn."""
+_ATTENTION_TOKENS = 49_152
+"""Length at which attention costs as much as all the rest: 12 times the width of a 7B model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,46 +40,90 @@ class StepPlan:
     rows: tuple[tuple[int, ...], ...]
 
 
-def epoch_indices(
-    source_sizes: Sequence[int],
-    source_epochs: Sequence[float],
-    *,
-    seed: int,
-    epoch: int,
-    shuffle: bool,
-) -> npt.NDArray[np.int64]:
-    """Returns the dataset indices of one epoch, in order.
-
-    A source seen 2 times is repeated whole; one seen 0.5 times gives half of itself, the other half
-    in the next epoch, and so on round.
+@dataclass(frozen=True, eq=False)
+class EpochPlan(Sequence[StepPlan]):
+    """The steps of one epoch for one rank, in 4 bytes a sample.
 
     Args:
-        source_sizes: Usable samples of every source; the dataset is the sources end to end.
-        source_epochs: How often every source is seen in one epoch of the run.
-        seed: Seed of the run.
-        epoch: Number of the epoch, from 0.
-        shuffle: Mix all sources; otherwise they stand one after the other, in file order.
-
-    Returns:
-        int64 [number of samples in the epoch].
+        samples: int32; dataset indices, row after row.
+        row_ends: int32 [rows]; one past the last sample of every row.
+        step_ends: int32 [steps]; one past the last row of every step.
     """
-    pieces: list[npt.NDArray[np.int64]] = []
-    first = 0
-    for number, (size, repeats) in enumerate(zip(source_sizes, source_epochs, strict=True)):
-        own = np.arange(first, first + size, dtype=np.int64)
-        whole, part = int(repeats), round((repeats - int(repeats)) * size)
-        pieces.extend([own] * whole)
-        if part:
-            ring = own
-            if shuffle:
-                ring = np.random.default_rng([seed, 1, number]).permutation(own)
-            taken = ring[(np.arange(part) + epoch * part) % size]
-            pieces.append(taken if shuffle else np.sort(taken))
-        first += size
-    order = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    if shuffle:
-        order = np.random.default_rng([seed, 0, epoch]).permutation(order)
-    return order
+
+    samples: npt.NDArray[np.int32]
+    row_ends: npt.NDArray[np.int32]
+    step_ends: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, steps: Sequence[Sequence[tuple[int, ...]]]) -> Self:
+        """Returns the plan of steps given as rows of indices."""
+        rows = [row for step in steps for row in step]
+        return cls(
+            np.fromiter((index for row in rows for index in row), dtype=np.int32),
+            np.cumsum([len(row) for row in rows], dtype=np.int32),
+            np.cumsum([len(step) for step in steps], dtype=np.int32),
+        )
+
+    def __len__(self) -> int:
+        return int(self.step_ends.size)
+
+    @overload
+    def __getitem__(self, at: int) -> StepPlan: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[StepPlan]: ...
+    def __getitem__(self, at: int | slice) -> StepPlan | Sequence[StepPlan]:
+        if isinstance(at, slice):
+            return [self[k] for k in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        at %= len(self)
+        first = int(self.step_ends[at - 1]) if at else 0
+        ends = self.row_ends[max(first - 1, 0) : int(self.step_ends[at])].tolist()
+        edges = ends if first else [0, *ends]
+        held = self.samples[edges[0] : edges[-1]].tolist()
+        return StepPlan(
+            tuple(tuple(held[a - edges[0] : b - edges[0]]) for a, b in itertools.pairwise(edges))
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EpochPlan):
+            return NotImplemented
+        mine = (self.samples, self.row_ends, self.step_ends)
+        return all(map(np.array_equal, mine, (other.samples, other.row_ends, other.step_ends)))
+
+    def __hash__(self) -> int:
+        return hash((len(self), self.samples.tobytes()))
+
+    def from_step(self, step: int) -> Iterator[StepPlan]:
+        """Yields the steps from one on."""
+        return (self[k] for k in range(step, len(self)))
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a step."""
+        return int(np.diff(self.step_ends, prepend=0).max(initial=0))
+
+    @property
+    def max_samples(self) -> int:
+        """Most samples of a step."""
+        ends = np.concatenate([[0], self.row_ends])[self.step_ends]
+        return int(np.diff(ends, prepend=0).max(initial=0))
+
+    def save(self, file: IO[bytes]) -> None:
+        """Writes the plan into an open file, for `load`."""
+        np.savez(file, samples=self.samples, row_ends=self.row_ends, step_ends=self.step_ends)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a plan.
+
+        Raises:
+            OSError: It is not there.
+            ValueError: It is damaged.
+        """
+        with path.open("rb") as file:
+            content = np.load(file)
+            return cls(content["samples"], content["row_ends"], content["step_ends"])
 
 
 def plan_epoch(
@@ -84,12 +136,14 @@ def plan_epoch(
     world_size: int = 1,
     rank: int = 0,
     indices: npt.NDArray[np.int64] | None = None,
-) -> list[StepPlan]:
+    image_tokens: npt.NDArray[np.int32] | None = None,
+) -> EpochPlan:
     """Returns the steps of one epoch for one rank.
 
     With `batch.samples` = n, step k holds the samples k*n to k*n+n-1 of the order, in as few rows
     as they fit into. With `batch.tokens`, rows are filled first and a step takes as many as come
-    nearest to that many tokens. In both, all ranks get equally many rows.
+    nearest to that many tokens. In both, all ranks get equally many rows, and rows of about the
+    same work: tokens, and pairs of tokens that attend to each other.
 
     Args:
         lengths: int32 [samples]; tokens of every usable sample of the dataset.
@@ -100,171 +154,178 @@ def plan_epoch(
         world_size: Number of ranks.
         rank: This rank.
         indices: The order of the epoch, from `epoch_indices`; all samples once when left out.
+        image_tokens: int32 [samples]; image tokens among `lengths`, needed where the recipe bounds
+            image or text tokens of a row.
 
     Raises:
         DataError: A sample is longer than a row.
     """
     if indices is None:
-        indices = epoch_indices([lengths.size], [1.0], seed=seed, epoch=epoch, shuffle=shuffle)
-    if indices.size and int(lengths[indices].max()) > batch.max_tokens:
-        raise DataError(
-            "a sample is longer than a row",
-            where="batch.max_tokens",
-            got=int(lengths[indices].max()),
-            expected=f"at most {batch.max_tokens}",
-        )
-    order: list[int] = indices.tolist()
-    sizes: list[int] = lengths[indices].tolist()
+        shares = [Share(int(lengths.size))]
+        indices = epoch_indices(shares, seed=seed, epoch=epoch, shuffle=shuffle)
+    images = np.zeros_like(lengths) if image_tokens is None else image_tokens
+    bounds = Bounds(batch.row_tokens, batch.max_image_tokens, batch.max_text_tokens)
+    if indices.size:
+        _check_bounds(lengths[indices], images[indices], bounds)
+    order = _Order(indices.tolist(), lengths[indices].tolist(), images[indices].tolist())
     if batch.samples is not None:
-        groups = _steps_of_samples(order, sizes, batch, batch.samples, world_size)
+        groups = _steps_of_samples(order, batch, bounds, world_size)
     else:
-        assert batch.tokens is not None
-        groups = _steps_of_tokens(order, sizes, batch, batch.tokens, world_size)
-    return [StepPlan(rows=_share(rows, lengths, world_size, rank)) for rows in groups]
+        groups = _steps_of_tokens(order, batch, bounds, world_size)
+    work = lengths + lengths.astype(np.float64) ** 2 / _ATTENTION_TOKENS
+    return EpochPlan.of([_share(rows, work, world_size, rank) for rows in groups])
 
 
-def pack(order: Sequence[int], sizes: Sequence[int], *, max_tokens: int) -> list[tuple[int, ...]]:
-    """Packs samples into about as few rows as there can be.
-
-    Every row starts with the longest sample left and takes those of the others that fill it best
-    (an exact subset sum, long samples preferred), so that what is hard to place goes first.
-
-    Args:
-        order: Dataset indices.
-        sizes: Their lengths, none above `max_tokens`.
-        max_tokens: Tokens a row holds.
-
-    Returns:
-        The rows; samples in a row, and rows by their first sample, in the order given.
-    """
-    rest = sorted(range(len(order)), key=lambda k: (-sizes[k], k))
-    rows: list[list[int]] = []
-    while rest:
-        taken = _fill([sizes[k] for k in rest], max_tokens)
-        rows.append(sorted(rest[i] for i in taken))
-        for i in reversed(taken):
-            del rest[i]
-    rows.sort()
-    return [tuple(order[k] for k in members) for members in rows]
+def _check_bounds(
+    lengths: npt.NDArray[np.int32], images: npt.NDArray[np.int32], bounds: Bounds
+) -> None:
+    for key, found, most in (
+        ("max_tokens", lengths, bounds.max_tokens),
+        ("max_image_tokens", images, bounds.max_image_tokens),
+        ("max_text_tokens", lengths - images, bounds.max_text_tokens),
+    ):
+        if most is not None and int(found.max()) > most:
+            raise DataError(
+                "a sample is longer than a row",
+                where=f"batch.{key}",
+                got=int(found.max()),
+                expected=f"at most {most}",
+                fix="raise it, or take the longest rows out of the dataset",
+            )
 
 
-def _fill(sizes: Sequence[int], room: int) -> list[int]:
-    """Returns the positions of the first size and of those others that best fill the rest."""
-    room -= sizes[0]
-    whole = (1 << (room + 1)) - 1
-    reached = 1  # bit n: some of the sizes seen so far add up to n
-    stages: list[tuple[int, int]] = []
-    for i in range(1, len(sizes)):
-        if sizes[i] > room:
-            continue
-        stages.append((i, reached))
-        reached |= (reached << sizes[i]) & whole
-        if reached >> room:
-            break
-    total = reached.bit_length() - 1
-    taken: list[int] = []
-    for i, before in reversed(stages):
-        if not before >> total & 1:
-            taken.append(i)
-            total -= sizes[i]
-    return [0, *reversed(taken)]
+@dataclass(frozen=True)
+class _Order:
+    """The samples of an epoch in order: dataset indices, tokens, image tokens."""
+
+    indices: list[int]
+    sizes: list[int]
+    images: list[int]
+
+    def cut(self, first: int, stop: int) -> _Order:
+        return _Order(self.indices[first:stop], self.sizes[first:stop], self.images[first:stop])
+
+    def rows(self, batch: BatchConfig, bounds: Bounds) -> list[tuple[int, ...]]:
+        """Returns rows of positions in this order."""
+        positions = range(len(self.indices))
+        if not batch.pack:
+            return [(k,) for k in positions]
+        return pack(positions, self.sizes, bounds=bounds, image_tokens=self.images)
+
+    def named(self, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Returns rows of dataset indices."""
+        return [tuple(self.indices[k] for k in row) for row in rows]
+
+    def held(self, row: Sequence[int]) -> int:
+        """Returns the tokens of a row of positions."""
+        return sum(self.sizes[k] for k in row)
 
 
 def _steps_of_samples(
-    order: list[int], sizes: list[int], batch: BatchConfig, samples: int, world_size: int
+    order: _Order, batch: BatchConfig, bounds: Bounds, world_size: int
 ) -> list[list[tuple[int, ...]]]:
-    length = dict(zip(order, sizes, strict=True))
+    assert batch.samples is not None
     steps: list[list[tuple[int, ...]]] = []
-    for first in range(0, len(order), samples):
-        chunk, chunk_sizes = order[first : first + samples], sizes[first : first + samples]
-        rows = _rows(chunk, chunk_sizes, batch)
-        steps.append(_to_multiple(rows, length, world_size))
+    for first in range(0, len(order.indices), batch.samples):
+        part = order.cut(first, first + batch.samples)
+        rows = _to_multiple(part.rows(batch, bounds), part, world_size)
+        steps.append(part.named(rows))
     return steps
 
 
-def _rows(order: list[int], sizes: list[int], batch: BatchConfig) -> list[tuple[int, ...]]:
-    if not batch.pack:
-        return [(index,) for index in order]
-    return pack(order, sizes, max_tokens=batch.max_tokens)
-
-
 def _to_multiple(
-    rows: list[tuple[int, ...]], length: dict[int, int], world_size: int
+    rows: list[tuple[int, ...]], order: _Order, world_size: int
 ) -> list[tuple[int, ...]]:
     # Every rank must run the same number of rows: split the fullest rows, then add empty ones.
     rows = list(rows)
     while len(rows) % world_size:
         at = max(
             (k for k in range(len(rows)) if len(rows[k]) > 1),
-            key=lambda k: (sum(length[i] for i in rows[k]), -k),
+            key=lambda k: (order.held(rows[k]), -k),
             default=None,
         )
         if at is None:
             rows.append(())
             continue
-        half = _half(rows[at], length)
+        half = _half(rows[at], order)
         rows[at : at + 1] = [rows[at][:half], rows[at][half:]]
     return rows
 
 
-def _half(row: tuple[int, ...], length: dict[int, int]) -> int:
-    ends = np.cumsum([length[i] for i in row])
+def _half(row: tuple[int, ...], order: _Order) -> int:
+    ends = np.cumsum([order.sizes[k] for k in row])
     at = int(np.searchsorted(ends, ends[-1] / 2))
     return min(max(at, 1), len(row) - 1)
 
 
 def _steps_of_tokens(
-    order: list[int], sizes: list[int], batch: BatchConfig, tokens: int, world_size: int
+    order: _Order, batch: BatchConfig, bounds: Bounds, world_size: int
 ) -> list[list[tuple[int, ...]]]:
-    length = dict(zip(order, sizes, strict=True))
-    rows: list[tuple[int, ...]] = []
-    if batch.pack:
-        window_tokens = _WINDOW_ROWS * batch.max_tokens
-        waiting: list[int] = []
-        filled = 0
-        for index in order:
-            waiting.append(index)
-            filled += length[index]
-            if filled >= window_tokens:
-                packed = _rows(waiting, [length[i] for i in waiting], batch)
-                # The row with most room left goes into the next stretch.
-                waiting = list(packed.pop(_emptiest(packed, length)))
-                rows.extend(packed)
-                filled = sum(length[i] for i in waiting)
-        rows.extend(_rows(waiting, [length[i] for i in waiting], batch))
-    else:
-        rows = _rows(order, sizes, batch)
-    rows = _to_multiple(rows, length, world_size)
+    assert batch.tokens is not None
+    rows = _to_multiple(_window_rows(order, batch, bounds), order, world_size)
     steps: list[list[tuple[int, ...]]] = []
     step: list[tuple[int, ...]] = []
     held = 0
     for first in range(0, len(rows), world_size):
         group = rows[first : first + world_size]
-        more = sum(length[i] for row in group for i in row)
-        if step and held + more / 2 > tokens:  # without it the step is nearer to its size
-            steps.append(step)
+        more = sum(order.held(row) for row in group)
+        if step and held + more / 2 > batch.tokens:  # without it the step is nearer to its size
+            steps.append(order.named(step))
             step, held = [], 0
         step.extend(group)
         held += more
     if step:
-        steps.append(step)
+        steps.append(order.named(step))
     return steps
 
 
-def _emptiest(rows: list[tuple[int, ...]], length: dict[int, int]) -> int:
-    return min(range(len(rows)), key=lambda k: (sum(length[i] for i in rows[k]), k))
+def _window_rows(order: _Order, batch: BatchConfig, bounds: Bounds) -> list[tuple[int, ...]]:
+    """Returns rows of positions, filled from one stretch of the order after another."""
+    if not batch.pack:
+        return order.rows(batch, bounds)
+    rows: list[tuple[int, ...]] = []
+    window_tokens = _WINDOW_ROWS * bounds.max_tokens
+    waiting: list[int] = []
+    filled = 0
+
+    def packed() -> list[tuple[int, ...]]:
+        sizes = [order.sizes[k] for k in waiting]
+        images = [order.images[k] for k in waiting]
+        return pack(waiting, sizes, bounds=bounds, image_tokens=images)
+
+    for position, size in enumerate(order.sizes):
+        waiting.append(position)
+        filled += size
+        if filled >= window_tokens:
+            found = packed()
+            # The row with most room left goes into the next stretch.
+            waiting = list(found.pop(_emptiest(found, order)))
+            rows.extend(found)
+            filled = order.held(waiting)
+    return rows + packed()
+
+
+def _emptiest(rows: list[tuple[int, ...]], order: _Order) -> int:
+    return min(range(len(rows)), key=lambda k: (order.held(rows[k]), k))
 
 
 def _share(
-    rows: list[tuple[int, ...]], lengths: npt.NDArray[np.int32], world_size: int, rank: int
-) -> tuple[tuple[int, ...], ...]:
+    rows: Sequence[tuple[int, ...]], work: npt.NDArray[np.float64], world_size: int, rank: int
+) -> Sequence[tuple[int, ...]]:
     if world_size == 1:
-        return tuple(rows)
-    # Longest first, dealt out and back (0..W-1, W-1..0), so that ranks carry about equal loads.
-    load = [int(lengths[list(row)].sum()) if row else 0 for row in rows]
-    ranking = sorted(range(len(rows)), key=lambda k: (-load[k], k))
+        return rows
+    # Most work first, each to the rank with the least so far that may still take a row.
+    load = [float(work[list(row)].sum()) if row else 0.0 for row in rows]
+    left = [len(rows) // world_size] * world_size
+    carried = [0.0] * world_size
     mine = []
-    for round_ in range(len(rows) // world_size):
-        lane = rank if round_ % 2 == 0 else world_size - 1 - rank
-        mine.append(ranking[round_ * world_size + lane])
-    return tuple(rows[k] for k in sorted(mine))
+    for k in sorted(range(len(rows)), key=lambda k: (-load[k], k)):
+        to = min((r for r in range(world_size) if left[r]), key=lambda r: (carried[r], r))
+        left[to] -= 1
+        carried[to] += load[k]
+        if to == rank:
+            mine.append(k)
+    return [rows[k] for k in sorted(mine)]
+
+
+__all__ = ["EpochPlan", "Share", "StepPlan", "epoch_indices", "pack", "plan_epoch"]

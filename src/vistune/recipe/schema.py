@@ -17,6 +17,7 @@ PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+FrozenFormat: TypeAlias = Literal["same", "fp8", "int8", "nf4"]
 Frac: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 _CONNECTOR = re.compile(r"linear|identity|mlp[1-9][0-9]*x_gelu")
@@ -105,9 +106,12 @@ class FreezeTune(Section):
 
     mode: Literal["freeze"] = "freeze"
     """Train nothing."""
-    frozen_format: Literal["same", "fp8"] = "same"
-    """Format the frozen weights are held in: `same` as `dtype`, or `fp8` (language only; row-wise
-    scales, products in FP8 forward and backward; needs a device that multiplies FP8)."""
+    frozen_format: FrozenFormat = "same"
+    """Format the frozen weights are held in (language only): `same` as `dtype`; `fp8` (row-wise
+    scales, products in FP8 forward and backward; needs a device that multiplies FP8); `int8` or
+    `nf4` (8 or about 4 bits a weight by bitsandbytes, products in `dtype`: for small cards; needs
+    the extra `qlora`). Checkpoints hold adapters only, and exports merge them into the weights as
+    they were loaded."""
 
 
 class FullTune(Section):
@@ -139,7 +143,7 @@ class LoraTune(Section):
     """Rank-stabilised scale."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA)."""
-    frozen_format: Literal["same", "fp8"] = "same"
+    frozen_format: FrozenFormat = "same"
     """Format the frozen weights beside the adapters are held in; see `freeze`."""
     lr: PositiveFloat | None = None
     """Learning rate of this role; `train.lr` when left out."""
@@ -213,8 +217,8 @@ class SourceConfig(Section):
         "image_folder",
         "captions_csv",
     ] = "llava"
-    """How the file is written. JSON lists, JSONL or Parquet: `llava` (`conversations` of `from` and `value`,
-    `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats), `xtuner`
+    """How the file is written. JSON lists, JSONL or Parquet: `llava` (`conversations` of `from` and
+    `value`, `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats), `xtuner`
     (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
     `visualglm` (`img`, `prompt`, `label`), `data_juicer` (`text`, `images`). One object:
     `coco_captions`. A folder of labels: `cogvlm_sft`. A tar file or a folder of them: `webdataset`.
@@ -227,6 +231,11 @@ class SourceConfig(Section):
     folder of `path`."""
     epochs: PositiveFloat = 1.0
     """How often the source is seen in one epoch of the run: 2 repeats it, 0.5 takes half."""
+    weight: PositiveFloat | None = None
+    """The source's share of an epoch, relative to the other sources' weights. Given for all sources
+    or none; an epoch then has as many samples as all sources together, and `epochs` is left out."""
+    max_samples: PositiveInt | None = None
+    """Most samples taken from the source in one epoch; the next epoch goes on where it ended."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
     urls: UrlConfig | None = None
@@ -270,13 +279,19 @@ class DataConfig(Section):
     """System prompt; the template's default when left out."""
     image: ImageConfig = ImageConfig()
     """Preprocessing of images."""
-    overlong: Literal["error", "drop", "truncate_text"] = "error"
-    """A row longer than `batch.max_tokens`: stop, set it aside, or cut its end (never inside an
-    image; a row that would lose every target token is set aside)."""
+    overlong: Literal["error", "drop", "drop_turn", "shrink_image", "truncate_text"] = "error"
+    """A row longer than `batch.max_tokens`. `error`: stop. `drop`: set it aside. `drop_turn`: leave
+    out its last rounds, with their images. `shrink_image`: make its images smaller, where the model
+    takes images of any size. `truncate_text`: cut its end, never inside an image. A row that still
+    does not fit, or would lose every target token, is set aside."""
     max_dropped_frac: Frac = 0.0
     """Fraction of rows that may be set aside before the run stops."""
     shuffle: bool = True
     """A new order every epoch, from `seed`; False keeps the files' order."""
+    group_by: Literal["none", "length", "modality"] = "none"
+    """Which samples share a step. `length`: about equally long ones. `modality`: only ones with
+    images, or only ones without, so that no device waits for another's vision tower. Steps still
+    come in random order."""
     workers: NonNegativeInt = 2
     """Processes that read, encode and pack; 0 does it in the training process."""
 
@@ -285,31 +300,49 @@ class DataConfig(Section):
     def _at_least_one(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         if not value:
             raise ValueError("name at least one dataset")
+        weighted = [source.weight is not None for source in value]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every dataset a weight, or none")
+        if any(weighted) and any(source.epochs != 1 for source in value):
+            raise ValueError("with weights, epochs has no effect: leave it out")
         return value
 
 
 class BatchConfig(Section):
     """How much one forward pass and one optimizer step hold."""
 
-    max_tokens: PositiveInt = 4096
-    """Tokens in one packed row (image tokens included), which is one forward pass."""
+    max_tokens: PositiveInt | Auto = 4096
+    """Tokens in one packed row (image tokens included), which is one forward pass. `auto`: as many
+    as the device's memory holds by `vistune plan`, at most 32,768 (4,096 on a CPU)."""
     samples: PositiveInt | None = None
     """Samples in one optimizer step, over all rows and devices."""
     tokens: PositiveInt | None = None
     """Tokens in one optimizer step, about, over all rows and devices."""
     pack: bool = True
     """Pack samples end to end. False gives every sample a row of its own."""
+    max_image_tokens: PositiveInt | None = None
+    """Most image tokens in one row, which bounds what the vision tower holds; no bound when left
+    out."""
+    max_text_tokens: PositiveInt | None = None
+    """Most text tokens in one row; no bound when left out."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.samples is None) == (self.tokens is None):
             raise ValueError("set exactly one of batch.samples and batch.tokens")
-        if self.tokens is not None and self.tokens < self.max_tokens:
+        fixed = self.max_tokens != "auto"
+        if fixed and self.tokens is not None and self.tokens < self.row_tokens:
             raise ValueError(
                 f"batch.tokens ({self.tokens}) is less than one row, batch.max_tokens"
                 f" ({self.max_tokens})"
             )
         return self
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in one packed row, once `auto` is settled."""
+        assert self.max_tokens != "auto", "batch.max_tokens was not settled"
+        return self.max_tokens
 
 
 class TrainConfig(Section):
@@ -323,6 +356,9 @@ class TrainConfig(Section):
     """Peak learning rate of roles that name none."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of roles that name none; norms and biases never decay."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw` keeps 8 bytes of state for each trained weight. `adamw_8bit` (bitsandbytes, extra
+    `qlora`) keeps about 2: small tensors stay in 32 bit; the loss curve differs slightly."""
     betas: tuple[Frac, Frac] = (0.9, 0.999)
     """AdamW's two decay rates."""
     eps: PositiveFloat = 1e-8
@@ -340,9 +376,9 @@ class TrainConfig(Section):
     (and the schedule with it) and count it."""
     max_skipped_steps: NonNegativeInt = 10
     """With `nonfinite: skip`: more than this many stop the run."""
-    checkpoint_layers: NonNegativeInt = 0
+    checkpoint_layers: NonNegativeInt | Auto = 0
     """Language-model layers whose activations are recomputed in the backward pass, from the first
-    layer on; saves memory, costs time."""
+    layer on; saves memory, costs time. `auto`: as few as `vistune plan` says will fit."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Run the language model's layers as fused functions: less time and memory, the same numbers.
     Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
