@@ -207,12 +207,34 @@ def read_tokenizer(config: LanguageModelConfig) -> tuple[Any, int]:
     """
     key = "model.language_model.path"
     path = part_path(config.path, key=key)
+    if language_family(config) is not None:
+        return _family_tokenizer(Path(path))
     arguments: dict[str, Any] = {}
     if config.revision is not None:
         arguments["revision"] = config.revision
     if config.gguf_file is not None:
         arguments["gguf_file"] = config.gguf_file
     return load_tokenizer(path, key=key, **arguments)
+
+
+def _family_tokenizer(folder: Path) -> tuple[Any, int]:
+    """Reads the tokenizer of a family whose own class is remote code.
+
+    `AutoTokenizer` takes such a directory for something else and gives other ids.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        try:
+            with quiet_transformers():
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # tokenizer files fail in many ways, all the user's to mend
+            raise hub_error(error, path=str(folder), key="model.language_model.path") from error
+    else:
+        from vistune.models.language.pieces import fast_from_pieces
+
+        tokenizer = fast_from_pieces(folder)
+    return tokenizer, image_token_of(tokenizer)
 
 
 def load_tokenizer(path: str, *, key: str, **arguments: Any) -> tuple[Any, int]:
