@@ -13,7 +13,8 @@ from data_helpers import make_encoder, make_images
 from PIL import Image
 
 from vistune.data.image import load
-from vistune.data.preview import ImagePiece, Preview, TextPiece, preview_sample, to_html
+from vistune.data.preview import ImagePiece, Preview, TextPiece, preview_sample
+from vistune.data.preview_page import to_html
 from vistune.errors import RowError
 from vistune.types import ImageRef, Sample, Turn
 

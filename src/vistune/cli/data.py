@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vistune.cli.recipe import Name, Overrides
+from vistune.cli.data_convert import convert
+from vistune.cli.data_view import preview, stats
+from vistune.cli.recipe import Overrides
 
 if TYPE_CHECKING:
     from vistune.data.check import CheckReport
-    from vistune.data.preview import Preview
     from vistune.types import Rejected
 
 app = typer.Typer(help="Check datasets and look at them before training.", no_args_is_help=True)
+app.command()(preview)
+app.command()(stats)
+app.command()(convert)
 _EXAMPLES = 4
 
 
@@ -202,85 +205,3 @@ def _print_file_facts(
     print_table("", ("", "count"), [(k, f"{v:,}") for k, v in facts.items()], numbers=1)
     _print_reasons(rejected)
     print("tokens are counted when a recipe is checked: vistune data check RECIPE")
-
-
-@app.command()
-def preview(
-    name: Name,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows of each source.")] = 3,
-    start: Annotated[int, typer.Option(min=0, help="The first of them, from 0.")] = 0,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with the images instead of printing.")
-    ] = None,
-) -> None:
-    """Show rows as the model is shown them, the tokens it must learn marked."""
-    from vistune.recipe import load_recipe
-
-    recipe = load_recipe(name, overrides or []).recipe
-    from vistune.assembly import draw
-    from vistune.data.formats import open_source
-    from vistune.data.preview import preview_sample, to_html
-    from vistune.errors import RowError
-
-    encoder = draw(recipe).encoder
-    previews, refused = [], []
-    for source in recipe.data.train:
-        reader = open_source(source)
-        for row in range(start, min(start + rows, len(reader))):
-            try:
-                found = preview_sample(
-                    encoder,
-                    reader.read(row),
-                    max_tokens=recipe.batch.max_tokens,
-                    overlong=recipe.data.overlong,
-                )
-            except RowError as error:
-                refused.append(error if error.where else error.at(reader.where(row)))
-            else:
-                previews.append(found)
-    if html is not None:
-        html.write_text(to_html(previews, title=f"{name}: rows as shown"), encoding="utf-8")
-        print(f"written: {html}")
-    else:
-        for found in previews:
-            _print_preview(found)
-    for reason in refused:
-        print(f"not usable: {reason}", file=sys.stderr)
-    if not previews:
-        raise typer.Exit(1)
-
-
-def _print_preview(preview: Preview) -> None:
-    """Prints a row; what is learnt is green on a terminal and in brackets in a pipe."""
-    from rich.text import Text
-
-    from vistune.cli.console import stdout
-    from vistune.data.preview import ImagePiece
-
-    is_terminal = sys.stdout.isatty()
-    sample = preview.sample
-    facts = (
-        f"{preview.num_tokens} tokens, {preview.num_image_tokens} of images,"
-        f" {preview.num_targets} learnt"
-    )
-    shown = Text(f"{sample.id}  ", style="bold")
-    shown.append(f"{sample.where}  {facts}\n", style="dim not bold")
-    was_target = False
-    for piece in preview.pieces:
-        is_target = not isinstance(piece, ImagePiece) and piece.is_target
-        if is_target != was_target and not is_terminal:
-            shown.append("⟦" if is_target else "⟧")
-        was_target = is_target
-        if isinstance(piece, ImagePiece):
-            label = f"‹image {piece.index + 1}: {piece.num_tokens} tokens›"
-            shown.append(label, style="reverse not bold")
-        else:
-            style = "green" if is_target else "dim"
-            shown.append(piece.text, style=f"{style} {'bold' if piece.is_special else 'not bold'}")
-    if was_target and not is_terminal:
-        shown.append("⟧")
-    if preview.remarks:
-        shown.append("\nremarks: " + ", ".join(preview.remarks), style="yellow not bold")
-    stdout().print(shown)
-    print()
