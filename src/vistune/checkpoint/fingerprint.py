@@ -23,19 +23,24 @@ def fingerprint_parts(parts: ModelConfig) -> dict[str, str]:
     paths = {
         "vision": parts.vision_tower.path if parts.vision_tower else None,
         "language": parts.language_model.path if parts.language_model else None,
+        "connector": parts.connector.weights,
+        "language adapter": parts.language_model.adapter if parts.language_model else None,
+        "vision adapter": parts.vision_tower.adapter if parts.vision_tower else None,
         "model": parts.from_checkpoint,
     }
     return {
         role: fingerprint(Path(path))
         for role, path in paths.items()
-        if path is not None and Path(path).is_dir()
+        if path is not None and Path(path).exists()
     }
 
 
-def fingerprint(folder: Path) -> str:
-    """Returns a digest of the weight files directly in `folder`."""
+def fingerprint(place: Path) -> str:
+    """Returns a digest of a weight file, or of those in a directory and right below it."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES):
+    # SwissArmyTransformer keeps its weights one folder down.
+    found = [place] if place.is_file() else [*place.iterdir(), *place.glob("*/mp_rank_*.pt")]
+    for path in sorted(p for p in found if p.suffix in _SUFFIXES):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:

@@ -132,6 +132,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return found.folder
     if (folder / "config.json").is_file() or (folder / SAT_CONFIG_NAME).is_file():
         return folder
+    if (folder / "projector" / "config.json").is_file():
+        raise CheckpointError(
+            "this is a directory of XTuner, which does not say what its parts stand on",
+            where=str(folder),
+            fix="name the parts in a recipe: model.vision_tower.path, model.language_model.path,"
+            f" model.connector.weights={folder}/projector, and where there are such folders"
+            f" model.language_model.adapter={folder}/llm_adapter and"
+            f" model.vision_tower.adapter={folder}/visual_encoder_adapter",
+        )
     raise CheckpointError(
         "this is neither a run, nor a checkpoint, nor a model directory",
         where=str(folder),

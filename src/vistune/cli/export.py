@@ -17,6 +17,8 @@ class Target(StrEnum):
     VISTUNE = "vistune"
     NATIVE = "native"
     SAT = "sat"
+    LLAVA = "llava"
+    XTUNER = "xtuner"
 
 
 def export(
@@ -26,7 +28,8 @@ def export(
         typer.Option(
             help="hf: transformers' LLaVA directory; adapter: PEFT adapter and connector; vistune:"
             " one self-describing directory, for every model; native: the public layout of a family"
-            " (CogVLM2, VisualGLM, MGM); sat: VisualGLM for SwissArmyTransformer."
+            " (CogVLM2, VisualGLM, MGM); sat: VisualGLM for SwissArmyTransformer;"
+            " llava: the original LLaVA's layout; xtuner: XTuner's projector and adapters."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],

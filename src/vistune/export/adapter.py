@@ -55,7 +55,7 @@ def write_adapter(model: ComposedVLM, encoder: Encoder, manifest: Manifest, fold
     bases = _bases(manifest.parts)
     for part in _PARTS:
         if any(name.startswith(f"{part}.") for name in layers):
-            _write_peft(model.get_submodule(part), base=bases[part], folder=folder / part)
+            write_peft(model.get_submodule(part), base=bases[part], folder=folder / part)
     state = {
         f"connector.{name}": tensor.detach().cpu().contiguous()
         for name, tensor in model.connector.state_dict().items()
@@ -86,7 +86,14 @@ def _targets(part: nn.Module) -> list[str]:
     return adapted if mistakable else sorted(short)
 
 
-def _write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
+def write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
+    """Writes the adapters inside a part as a PEFT directory.
+
+    Args:
+        part: The language model or the tower, adapters not merged.
+        base: Where its own weights are.
+        folder: Made here.
+    """
     from peft import get_peft_model_state_dict
 
     folder.mkdir()

@@ -20,12 +20,14 @@ from vistune.export.adapter import write_adapter
 from vistune.export.family import write_family
 from vistune.export.files import new_directory
 from vistune.export.hf import compare_hf, write_hf
+from vistune.export.llava import write_llava
 from vistune.export.vistune_model import write_vistune
+from vistune.export.xtuner import write_xtuner
 from vistune.models.build import build_model
 from vistune.models.compose import ComposedVLM
-from vistune.models.facts import ModelFacts, describe
+from vistune.models.facts import ModelFacts, describe, read_json
 
-Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat"]
+Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat", "llava", "xtuner"]
 
 # Relative to the largest logit: rounding of another order of operations.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -46,7 +48,8 @@ def export_model(
         path: Run directory (its newest checkpoint), checkpoint, or model directory.
         to: `hf`: transformers' LLaVA; `adapter`: PEFT adapters and connector; `vistune`: one
             self-describing directory; `native`: a family's own public layout; `sat`: VisualGLM in
-            SwissArmyTransformer's.
+            SwissArmyTransformer's; `llava`: the original LLaVA's layout; `xtuner`: projector and
+            adapters (or language model) as XTuner keeps them.
         output: Directory to write.
         overwrite: Replace what is there.
         dtype: Format of the weights; that of the language model's config when left out.
@@ -66,9 +69,9 @@ def export_model(
     stored = getattr(facts.text_config, "dtype", None)
     dtype = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
     with new_directory(output, overwrite=overwrite) as target:
-        if to == "adapter":
+        if to in ("adapter", "xtuner"):
             _check_composed(facts, to)
-            _write_adapter(manifest, facts, target, dtype=dtype, where=folder)
+            _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype)
         if to == "vistune":
@@ -88,6 +91,11 @@ def export_model(
             return output
         _check_composed(facts, to)
         assert isinstance(found.model, ComposedVLM)
+        if to == "llava":
+            whole = _manifest_of_whole(manifest, found.encoder, folder)
+            tower_path = _tower_path(manifest, folder)
+            write_llava(found.model, found.encoder, whole, target, tower_path=tower_path)
+            return output
         write_hf(found.model, found.encoder, target)
         if verify:
             error = compare_hf(found.model, found.encoder, target)
@@ -116,6 +124,16 @@ def _check_composed(facts: ModelFacts, to: Target) -> None:
         )
 
 
+def _tower_path(manifest: Manifest | None, folder: Path) -> str | None:
+    """Returns where the encoder of a run's tower is, or that of a LLaVA the run stands on."""
+    parts = None if manifest is None else manifest.parts
+    if parts is not None and parts.vision_tower is not None:
+        return parts.vision_tower.path
+    whole = folder if parts is None or parts.from_checkpoint is None else parts.from_checkpoint
+    named = read_json(Path(whole) / "config.json").get("mm_vision_tower")
+    return None if named is None else str(named)
+
+
 def _origin(manifest: Manifest | None, folder: Path) -> Path | None:
     """Returns the whole model's directory that a checkpoint stands on, or the directory itself."""
     if manifest is None or manifest.parts is None:
@@ -132,11 +150,12 @@ def _facts(manifest: Manifest | None, folder: Path) -> ModelFacts:
     return describe(manifest.parts) if whole is None else describe_directory(Path(whole))
 
 
-def _write_adapter(
+def _write_unmerged(
     manifest: Manifest | None,
     facts: ModelFacts,
     target: Path,
     *,
+    to: Target,
     dtype: torch.dtype,
     where: Path,
 ) -> None:
@@ -156,7 +175,8 @@ def _write_adapter(
         model = whole
     lay_over(model, where)
     encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
-    write_adapter(model, encoder, manifest, target)
+    write = write_xtuner if to == "xtuner" else write_adapter
+    write(model, encoder, manifest, target)
 
 
 def _check_base(checkpoint: Path) -> None:

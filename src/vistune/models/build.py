@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import nn
 
 from vistune import _compat
 from vistune.errors import ModelError
+from vistune.models.adapters import fold_adapter
 from vistune.models.compose import ComposedConfig, ComposedVLM
+from vistune.models.connector_weights import load_connector
 from vistune.models.connectors import build_connector, initialise_connector
-from vistune.models.facts import ModelFacts
+from vistune.models.facts import ModelFacts, language_family
 from vistune.models.language.decoder import load_language_model
 from vistune.models.towers.families import tower_width
-from vistune.models.towers.load import load_tower
+from vistune.models.towers.load import is_left_out, load_tower
 from vistune.recipe import ModelConfig
 
 
@@ -42,6 +48,7 @@ def build_model(
     assert facts.tower is not None
     language_model, _ = load_language_model(config.language_model, facts.text_config, dtype=dtype)
     vision_tower, _ = load_tower(config.vision_tower, facts.vision_config, facts.tower, dtype=dtype)
+    _fold_adapters(config, facts, language_model, vision_tower)
     fold = config.connector.pixel_shuffle
     connector = build_connector(
         config.connector.kind,
@@ -49,6 +56,8 @@ def build_model(
         num_out=int(facts.text_config.hidden_size),
     )
     initialise_connector(connector, seed=seed)
+    if config.connector.weights is not None:
+        load_connector(connector, Path(config.connector.weights))
     composed = ComposedConfig.compose(
         vision_config=facts.vision_config,
         text_config=language_model.config,
@@ -66,3 +75,28 @@ def build_model(
     )
     model.eval()
     return model
+
+
+def _fold_adapters(
+    config: ModelConfig, facts: ModelFacts, language_model: Any, vision_tower: nn.Module
+) -> None:
+    """Folds the adapters that a recipe names into the parts they were trained on."""
+    language, tower, plan = config.language_model, config.vision_tower, facts.tower
+    assert language is not None and tower is not None and plan is not None
+    if language.adapter is not None:
+        family = language_family(language)
+        fold_adapter(
+            language_model,
+            Path(language.adapter).expanduser(),
+            key="model.language_model.adapter",
+            public=None if family is None else family.key_map(language_model.config),
+        )
+    if tower.adapter is not None:
+        fold_adapter(
+            vision_tower,
+            Path(tower.adapter).expanduser(),
+            key="model.vision_tower.adapter",
+            # CLIP's and SigLIP's towers once had one more level of names.
+            own_name=lambda name: name.removeprefix("vision_model."),
+            left_out=lambda name: is_left_out(name, facts.vision_config, plan),
+        )

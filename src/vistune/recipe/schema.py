@@ -34,6 +34,9 @@ class VisionTowerConfig(Section):
     """Hidden state taken: an index into the encoder's hidden states (0 is the embedding, -1 the
     last layer before any final norm, -2 the usual choice with CLIP), or `auto`: -2 for CLIP, the
     normalised output otherwise."""
+    adapter: str | None = None
+    """LoRA adapters to fold in before anything trains: a PEFT directory, such as XTuner's
+    `visual_encoder_adapter/`."""
     select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it as one more image token."""
 
@@ -45,6 +48,9 @@ class ConnectorConfig(Section):
     """`linear`, `identity` or `mlp{N}x_gelu` (N linear layers with exact GELU between them)."""
     pixel_shuffle: PositiveInt = 1
     """Side of the square of patches folded into one token before the connector (1: none)."""
+    weights: str | None = None
+    """Weights to start from, drawn from `seed` when left out: LLaVA's `mm_projector.bin`, XTuner's
+    `projector/` or an `iter_*.pth` that holds the projector alone, or `connector.safetensors`."""
 
     @field_validator("kind")
     @classmethod
@@ -65,6 +71,9 @@ class LanguageModelConfig(Section):
     """Branch, tag or commit of a hub id."""
     gguf_file: str | None = None
     """File name inside `path` when the weights are GGUF (needs the extra `gguf`)."""
+    adapter: str | None = None
+    """LoRA adapters to fold in before anything trains: a PEFT directory, such as XTuner's
+    `llm_adapter/` (InternLM2's own names are known)."""
 
 
 class ModelConfig(Section):

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from vistune.models.families.files import read_config, tensor_names
+from vistune.models.keymap import KeyMap
 from vistune.registry import Registry
 
 
@@ -66,6 +67,14 @@ class Family(Protocol):
 
 class LanguageFamily(Family, Protocol):
     """A family of language models, which become part of a composed model."""
+
+    def key_map(self, config: PreTrainedConfig) -> KeyMap:
+        """Returns the table of names, the family's to those of the model that `load` builds.
+
+        Args:
+            config: That model's config.
+        """
+        ...
 
     def transformers_config(self, config: Mapping[str, Any]) -> PreTrainedConfig:
         """Returns the config of the transformers model that `load` builds; no weight is read.

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistune.models.families.contract import LANGUAGE_FAMILIES
 from vistune.models.families.files import built_on_meta, fill, read_config, read_tensors
+from vistune.models.keymap import KeyMap
 from vistune.models.language.internlm2 import (
     MODEL_TYPE,
     internlm2_keys,
@@ -59,6 +60,10 @@ class InternLM2Family:
     def load(self, directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
         """Loads a public directory; see `load_internlm2`."""
         return load_internlm2(directory, dtype)
+
+    def key_map(self, config: LlamaConfig) -> KeyMap:
+        """Returns the table of names; see `internlm2_keys`."""
+        return internlm2_keys(config)
 
     def transformers_config(self, config: Mapping[str, Any]) -> LlamaConfig:
         """Returns the Llama config; see `internlm2_to_llama_config`."""

@@ -1,0 +1,118 @@
+"""Reads a connector that was trained elsewhere, from whatever names its weights were saved under.
+
+Known are LLaVA's `mm_projector.bin`, XTuner's `projector/` and its checkpoints (`iter_*.pth`) that
+hold nothing but the projector, and `connector.safetensors` of vistune's adapter export. Which one
+a file is stands in its keys.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vistune.errors import WeightsError
+from vistune.models.weights import check_keys
+
+KEY = "model.connector.weights"
+# The longest that fits is taken: `model.mm_projector.` before `model.`.
+_PREFIXES = (
+    "base_model.model.model.mm_projector.",
+    "model.mm_projector.",
+    "projector.model.",
+    "mm_projector.",
+    "connector.",
+    "model.",
+)
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_connector(connector: nn.Module, path: Path) -> None:
+    """Puts saved weights into a connector.
+
+    Args:
+        connector: Changed in place.
+        path: A file, or a directory that holds one (`projector/`).
+
+    Raises:
+        WeightsError: The file is missing or damaged, holds something else besides a connector, or
+            does not fit this one.
+    """
+    state = read_connector(path)
+    if isinstance(connector, nn.Linear):
+        # XTuner's projector of depth 1 is a sequence of one layer.
+        state = {name.removeprefix("0."): tensor for name, tensor in state.items()}
+    own = connector.state_dict()
+    check_keys(
+        missing=own.keys() - state.keys(),
+        unexpected=state.keys() - own.keys(),
+        mismatched=[
+            (name, tensor.shape, own[name].shape)
+            for name, tensor in state.items()
+            if name in own and tensor.shape != own[name].shape
+        ],
+        where=str(path),
+    )
+    connector.load_state_dict({name: state[name].to(own[name].dtype) for name in own})
+
+
+def read_connector(path: Path) -> dict[str, Tensor]:
+    """Returns a connector's weights by their names inside it.
+
+    Args:
+        path: A file, or a directory that holds one.
+
+    Raises:
+        WeightsError: See `load_connector`.
+    """
+    file = path.expanduser()
+    if file.is_dir():
+        found = [file / name for name in _FOLDER_FILES if (file / name).is_file()]
+        file = found[0] if found else file
+    if not file.is_file():
+        raise WeightsError(
+            "there are no connector weights here",
+            where=str(path),
+            expected=f"a file, or a directory with {' or '.join(_FOLDER_FILES)}",
+            fix=f"set {KEY}",
+        )
+    tensors = _tensors(file)
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    others = sorted(n for n in tensors if not n.startswith(_PREFIXES[:-1]))
+    raise WeightsError(
+        "this file does not hold a connector alone",
+        where=str(file),
+        got=f"{len(others)} other weights such as {', '.join(others[:3])}" if others else "nothing",
+        expected="weights under one of " + ", ".join(_PREFIXES),
+        fix="convert the checkpoint (XTuner: convert pth_to_hf), name its projector/ here and its"
+        " llm_adapter/ in model.language_model.adapter",
+    )
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            loaded: dict[str, Tensor] = load_file(file)
+            return loaded
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            "the connector's weights cannot be read as plain tensors",
+            where=str(file),
+            got=str(error).split("\n")[0][:200],
+            fix="a file with other objects in it is never run; convert it where it was made"
+            " (XTuner: convert pth_to_hf) and name its projector/ here",
+        ) from error
+    for wrapper in ("state_dict", "module"):
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise WeightsError("this file holds no weights by name", where=str(file))
+    return dict(found)
