@@ -10,7 +10,9 @@ from vistune.data.stats import DataStats, Distribution
 from vistune.errors import DataError
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
-_WIDTH, _HEIGHT = 640, 180
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei")
+"""The first that has a character draws it; those that are not installed are left out."""
+_WIDTH, _HEIGHT = 960, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 18, 26
 
 
@@ -90,6 +92,15 @@ def plot(stats: DataStats, path: Path, *, title: str) -> None:
     drawn = [found for found in stats.distributions if found.values.size]
     if not drawn:
         raise DataError("no row can be used, so there is nothing to draw", where=title)
+    import matplotlib
+    from matplotlib.font_manager import get_font_names
+
+    known = set(get_font_names())
+    with matplotlib.rc_context({"font.family": [f for f in _FONTS if f in known] or "sans-serif"}):
+        _draw(drawn, path, title=title)
+
+
+def _draw(drawn: list[Distribution], path: Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -77,7 +77,7 @@ def to_html(
 
 def _key(*, has_tokens: bool) -> str:
     special = "special token" if has_tokens else "speaker"
-    last = " One patch is one token; point at it to see its id." if has_tokens else ""
+    last = " Shades alternate with the tokens; point at one to see its id." if has_tokens else ""
     return (
         '<p class="key"><span class="p">shown to the model</span><span class="t">learnt</span>'
         f'<span class="p s">{special}</span><span class="i">image</span>{last}</p>'
@@ -85,15 +85,23 @@ def _key(*, has_tokens: bool) -> str:
 
 
 def _sources(stats: DataStats) -> str:
-    rows = []
-    for source in stats.sources:
-        cells = [source.num_rows, source.num_ok, source.num_rows - source.num_ok]
-        cells += [source.num_tokens, source.num_image_tokens, source.num_images]  # type: ignore[list-item]
-        shown = "".join(f"<td>{'' if cell is None else f'{cell:,}'}</td>" for cell in cells)
-        rows.append(f"<tr><td>{html.escape(source.name)}</td>{shown}</tr>")
-    names = ("source", "rows", "usable", "unusable", "tokens", "image tokens", "images")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f"<table><caption>Sources</caption><tr>{head}</tr>{''.join(rows)}</table>"
+    columns: dict[str, Sequence[int | None]] = {
+        "rows": [source.num_rows for source in stats.sources],
+        "usable": [source.num_ok for source in stats.sources],
+        "unusable": [source.num_rows - source.num_ok for source in stats.sources],
+        "images": [source.num_images for source in stats.sources],
+        "tokens": [source.num_tokens for source in stats.sources],
+        "image tokens": [source.num_image_tokens for source in stats.sources],
+    }
+    known = {name: values for name, values in columns.items() if values and None not in values}
+    head = "".join(f"<th>{name}</th>" for name in ("source", *known))
+    rows = "".join(
+        f"<tr><td>{html.escape(source.name)}</td>"
+        + "".join(f"<td>{values[k]:,}</td>" for values in known.values())
+        + "</tr>"
+        for k, source in enumerate(stats.sources)
+    )
+    return f"<table><caption>Sources</caption><tr>{head}</tr>{rows}</table>"
 
 
 def _charts(stats: DataStats) -> str:

@@ -52,7 +52,8 @@ class Distribution:
             return Histogram(np.zeros(1, np.int64), np.zeros(0, np.int64), cut=False)
         low, high = int(self.values.min()), int(self.values.max())
         top = int(np.percentile(self.values, 99.5, method="higher"))
-        cut = high > top + (top - low) // 2  # a few giants would flatten all others
+        # A few giants would flatten all others.
+        cut = high - low >= max_bins and high > top + (top - low) // 2
         end = top if cut else high
         width = _round_width((end - low + 1) / max_bins)
         first = low // width * width
@@ -160,8 +161,8 @@ def stats_of_report(report: CheckReport) -> DataStats:
     images = report.image_tokens.astype(np.int64)
     lengths = report.lengths.astype(np.int64)
     found = [Distribution("tokens per row", lengths)]
-    found.append(Distribution("text tokens per row", lengths - images))
     if images.any():
+        found.append(Distribution("text tokens per row", lengths - images))
         found.append(Distribution("image tokens per row", images))
     counts = {"remarks": dict(report.notes), "main script": dict(report.scripts)}
     return DataStats(sources, found, _without_empty(counts), report.by_reason())
