@@ -61,6 +61,11 @@ class RunDirectory:
         return self.path / "samples"
 
     @property
+    def settled(self) -> Path:
+        """What was chosen for settings the recipe leaves to the device's memory."""
+        return self.path / "settled.json"
+
+    @property
     def check_report(self) -> Path:
         """The data check, machine-readable."""
         return self.path / "check.json"
@@ -112,7 +117,7 @@ class RunDirectory:
             if folder.is_dir():
                 shutil.rmtree(folder)
         records = (self.recipe, self.provenance, self.metrics, self.skipped)
-        for file in (*records, self.check_report, self.quarantine):
+        for file in (*records, self.settled, self.check_report, self.quarantine):
             file.unlink(missing_ok=True)
 
     @contextmanager

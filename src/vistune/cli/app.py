@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 from vistune._version import __version__
-from vistune.cli import chat, compare, data, doctor, evaluate, export, quickstart, recipe, train
+from vistune.cli import (
+    chat,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    plan,
+    quickstart,
+    recipe,
+    train,
+)
 from vistune.errors import VistuneError
 
 DEBUG_VARIABLE = "VISTUNE_DEBUG"
@@ -29,6 +40,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

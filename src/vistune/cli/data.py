@@ -75,13 +75,15 @@ def _check_recipe(
     from vistune.assembly import draw
     from vistune.cli.console import progress_bar
     from vistune.data.check import check_sources
+    from vistune.plan import settle
 
-    encoder = draw(recipe).encoder
+    blueprint = draw(recipe)
+    encoder = blueprint.encoder
     with progress_bar() as progress:
         report = check_sources(
             recipe.data.train,
             encoder,
-            max_tokens=recipe.batch.max_tokens,
+            max_tokens=settle(recipe, blueprint).batch.row_tokens,
             overlong=recipe.data.overlong,
             deep=deep,
             workers=recipe.data.workers,

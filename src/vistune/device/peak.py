@@ -1,7 +1,8 @@
-"""The matrix products a device really does a second: measured, not read off a data sheet."""
+"""A device's two ceilings, asked of the device itself: matrix products a second, and memory."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -45,3 +46,10 @@ def measure_matmul_tflops(device: Device) -> float | None:
     del a, b, out
     torch.cuda.empty_cache()
     return 2 * side**3 / sorted(times)[len(times) // 2] / 1e12
+
+
+def free_memory_gib(device: Device) -> float:
+    """Returns the memory that is free on a device now; half of the machine's own for a CPU."""
+    if device.kind == "cuda":
+        return torch.cuda.mem_get_info(device.torch_device)[0] / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**31

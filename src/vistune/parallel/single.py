@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,13 +113,25 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, restored: OptimizerState
     # `load_state_dict` places each entry as the optimizer's variant (fused or not) wants it.
     numbered = {name: index for index, name in enumerate(parameters)}
     own = optimizer.state_dict()
-    own["state"] = {numbered[name]: dict(entries) for name, entries in restored.items()}
+    own["state"] = {numbered[name]: _as_kept(entries) for name, entries in restored.items()}
     optimizer.load_state_dict(own)
+
+
+def _as_kept(entries: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns a parameter's state as its optimizer keeps it: the 8-bit one counts in integers."""
+    kept: dict[str, Any] = dict(entries)
+    if "state1" in kept and "step" in kept:
+        kept["step"] = int(kept["step"])
+    return kept
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""State that is as large as its parameter; 8-bit moments have small tables of scales besides."""
 
 
 def _require_shape(name: str, parameter: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> None:
     for key, value in entries.items():
-        if value.ndim > 0 and value.shape != parameter.shape:
+        if key in _MOMENTS and value.shape != parameter.shape:
             raise CheckpointError(
                 f"the optimizer's '{key}' has another shape than its parameter",
                 where=name,

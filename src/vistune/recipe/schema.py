@@ -227,8 +227,8 @@ class SourceConfig(Section):
         "captions_csv",
     ] = "llava"
     """How the file is written. JSON lists, JSONL or Parquet: `llava` (`conversations` of `from` and
-    `value`, `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats), `xtuner`
-    (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
+    `value`, `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats),
+    `xtuner` (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
     `visualglm` (`img`, `prompt`, `label`), `data_juicer` (`text`, `images`). One object:
     `coco_captions`. A folder of labels: `cogvlm_sft`. A tar file or a folder of them: `webdataset`.
     A folder of images with a text file beside each: `image_folder`. Image names and captions:

@@ -7,7 +7,6 @@ parameters and a source of packed rows. `loop.train` says where these come from.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,11 @@ from vistune.checkpoint.files import sync, write_errors_explained
 from vistune.checkpoint.manifest import Manifest
 from vistune.checkpoint.save import CheckpointContent, save_checkpoint
 from vistune.device import Device
-from vistune.errors import CheckpointError, DataError, NonFiniteError, TrainingError
+from vistune.errors import CheckpointError, DataError
 from vistune.parallel import SingleProcess, Strategy
-from vistune.recipe import Recipe
+from vistune.recipe import Recipe, sizes
 from vistune.train import collector_paused
+from vistune.train.failures import nonfinite_error, out_of_memory_error
 from vistune.train.hooks import Hook
 from vistune.train.interrupt import StopRequest
 from vistune.train.opening import OpenRun
@@ -122,6 +122,8 @@ class Job:
         strategy: How a step is spread over processes.
         cost: Counts the operations of a row; None where they are not known.
         peak_tflops: Matrix products measured on the device, TFLOP/s; None where they were not.
+        advice: Says which setting would make rows fit that ran out of memory; None where the
+            model cannot be planned.
     """
 
     recipe: Recipe
@@ -142,6 +144,7 @@ class Job:
     strategy: Strategy = field(default_factory=SingleProcess)
     cost: Callable[[Batch], int] | None = None
     peak_tflops: float | None = None
+    advice: Callable[[Sequence[Batch]], str] | None = None
 
 
 def fit(job: Job) -> TrainResult:
@@ -158,16 +161,7 @@ def fit(job: Job) -> TrainResult:
 
 def num_steps(recipe: Recipe, data: StepSource) -> int:
     """Returns the optimizer steps a recipe asks for; a fraction of an epoch is rounded up."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert recipe.train.epochs is not None
-    whole = int(recipe.train.epochs)
-    steps = sum(data.steps_per_epoch(epoch) for epoch in range(whole))
-    rest = recipe.train.epochs - whole
-    if rest == 0:
-        return steps
-    # Rounded first: 0.1 of 30 steps is a hair above 3 in floating point and must not become 4.
-    return steps + math.ceil(round(rest * data.steps_per_epoch(whole), 6))
+    return sizes.num_steps(recipe.train, data.steps_per_epoch)
 
 
 class _Steps:
@@ -293,9 +287,20 @@ class _Steps:
             return
         state = random_state(job.device.torch_device)
         rows = next(job.data.steps(job.heaviest_step))
-        self._backward(module, rows, what="while rehearsing the heaviest step")
+        what = "while rehearsing the heaviest step"
+        with self._out_of_memory_explained(rows, what=what):
+            # The optimizer makes its state at the first update, so a fresh run has none yet.
+            fresh = job.opened.trainer is None
+            reserved = self._optimizer_state_to_come(module) if fresh else []
+        self._backward(module, rows, what=what)
+        del reserved
         job.strategy.step(lr_factor=None)
         set_random_state(state, job.device.torch_device)
+
+    def _optimizer_state_to_come(self, module: nn.Module) -> list[torch.Tensor]:
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        num_bytes = sizes.optimizer_bytes(count, self.recipe.train.optimizer)
+        return [torch.empty(num_bytes, dtype=torch.uint8, device=self.job.device.torch_device)]
 
     def _backward(self, module: nn.Module, rows: Sequence[Batch], *, what: str) -> StepSums:
         job = self.job
@@ -370,7 +375,7 @@ class _Steps:
         ids = [sample_id for row in rows for sample_id in row.sample_ids]
         progress.skipped_steps += train.nonfinite == "skip"
         if train.nonfinite == "stop" or progress.skipped_steps > train.max_skipped_steps:
-            raise _nonfinite(sums, ids, step=progress.step + 1, skipped=progress.skipped_steps)
+            raise nonfinite_error(sums, ids, step=progress.step + 1, skipped=progress.skipped_steps)
         entry = {
             "step": progress.step + 1,
             "data_step": progress.data_step,
@@ -467,29 +472,10 @@ class _Steps:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            longest = max(row.num_tokens for row in rows)
-            raise TrainingError(
-                f"the device ran out of memory {what}",
-                where=self.job.device.name,
-                got=f"a row of {longest} tokens; {str(error).splitlines()[0]}",
-                fix=f"lower batch.max_tokens ({self.recipe.batch.max_tokens}) or raise"
-                f" train.checkpoint_layers ({self.recipe.train.checkpoint_layers}); a step may be"
-                " split into more rows without changing what is learnt",
+            name, advice = self.job.device.name, self.job.advice
+            raise out_of_memory_error(
+                error, rows, self.recipe, what=what, where=name, advice=advice
             ) from error
-
-
-def _nonfinite(sums: StepSums, sample_ids: list[str], *, step: int, skipped: int) -> NonFiniteError:
-    shown = ", ".join(sample_ids[:32])
-    more = f" and {len(sample_ids) - 32} more" if len(sample_ids) > 32 else ""
-    after = f" after {skipped - 1} skipped steps" if skipped > 1 else ""
-    return NonFiniteError(
-        f"loss or gradient norm is not finite at step {step}{after}: the weights were not changed",
-        where=f"samples {shown}{more}",
-        got=f"loss {sums.loss}, gradient norm {sums.grad_norm}",
-        expected="finite numbers",
-        fix="lower train.lr or raise train.warmup_frac; look at these samples; try dtype=fp32;"
-        " train.nonfinite=skip leaves such steps out. --resume goes on from the last checkpoint",
-    )
 
 
 def append_json(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -41,6 +41,7 @@ from vistune.train.hooks.samples import Answer
 from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.opening import OpenRun, open_run
 from vistune.train.report import print_data, print_result, print_tuning
+from vistune.train.room import room_of, settled
 
 if TYPE_CHECKING:
     from vistune.assembly import Blueprint
@@ -88,12 +89,16 @@ def train(
         device.reset_peak_memory()
         _import_engines()
         blueprint = _blueprint(recipe, opened)
+        room = room_of(recipe, blueprint, device)
+        recipe = settled(recipe, room, opened, console)
         data = _data(recipe, blueprint, opened, device, console)
         with collector_paused():
             built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
         print_tuning(built.tuning, recipe.train, console)
-        job = _job(recipe, opened, device, blueprint, data, built, console, peak_tflops=peak_tflops)
+        job = _job(recipe, opened, device, blueprint, data, built, console, resolved.recipe)
+        job.peak_tflops = peak_tflops
+        job.advice = None if room is None else room.advice
         result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
@@ -148,7 +153,7 @@ def _data(
     report = check_sources(
         recipe.data.train,
         blueprint.encoder,
-        max_tokens=recipe.batch.max_tokens,
+        max_tokens=recipe.batch.row_tokens,
         overlong=recipe.data.overlong,
         workers=recipe.data.workers,
     )
@@ -190,6 +195,7 @@ def _model(
     from vistune.models.fused.install import install_fused
     from vistune.models.recompute import set_checkpoint_layers
     from vistune.models.tune import Tuning, apply_tuning
+    from vistune.models.tune.quantize import quantize_frozen
 
     if opened.checkpoint is None:
         model = build(blueprint, seed=recipe.seed, dtype=device.dtype)
@@ -205,11 +211,21 @@ def _model(
         has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
         inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}
     work = work_of(model, recipe.tune)  # before layers are merged or rounded
+    language = recipe.tune.language
+    if language.mode != "full" and language.frozen_format in ("int8", "nf4"):
+        count = quantize_frozen(
+            model,
+            "language",
+            language.frozen_format,
+            dtype=device.dtype,
+            device=device.torch_device,
+        )
+        console.print(f"frozen weights: {count} linear layers held in {language.frozen_format}")
     model.to(device.torch_device)
     set_training_mode(model, recipe.tune, model.module_map)
+    assert recipe.train.checkpoint_layers != "auto", "it was settled before"
     set_checkpoint_layers(model, recipe.train.checkpoint_layers)
     let_layers_recompute(model)
-    language = recipe.tune.language
     console.print(
         install_fused(
             model,
@@ -247,8 +263,7 @@ def _job(
     data: TrainData,
     built: _Built,
     console: Console,
-    *,
-    peak_tflops: float | None,
+    written: Recipe,
 ) -> Job:
     from vistune.models.compose import ComposedVLM
     from vistune.train.work import row_cost
@@ -271,7 +286,7 @@ def _job(
             merged_from=lineage,
             encoder=encoder_state,
             step=step,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=written.model_dump(mode="json"),
         )
 
     def hooks(total_steps: int) -> list[Hook]:
@@ -294,7 +309,6 @@ def _job(
         inherited=built.inherited,
         heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
         cost=row_cost(built.work, reads_tail=reads_tail),
-        peak_tflops=peak_tflops,
     )
 
 

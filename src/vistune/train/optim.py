@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, grouped by role; frozen weights have no state."""
+"""AdamW over the trained parameters, grouped by role, in 32 or 8 bit; frozen weights have none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from vistune.device.bits import import_bitsandbytes
 from vistune.recipe import TrainConfig
 from vistune.types import RoleName
 
@@ -42,7 +43,7 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     groups: Sequence[ParameterGroup],
     train: TrainConfig,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Makes AdamW, fused where the device has it.
 
     Args:
@@ -52,6 +53,9 @@ def build_optimizer(
 
     Returns:
         The optimizer; each of its groups carries `names`, `role` and `peak_lr`.
+
+    Raises:
+        MissingExtraError: 8-bit state is asked for and bitsandbytes is not installed.
     """
     known = dict(parameters)
     rows: list[dict[str, Any]] = [
@@ -65,6 +69,11 @@ def build_optimizer(
         }
         for group in groups
     ]
+    if train.optimizer == "adamw_8bit":
+        bitsandbytes = import_bitsandbytes("train.optimizer=adamw_8bit")
+        made = bitsandbytes.optim.AdamW8bit(rows, betas=train.betas, eps=train.eps)
+        assert isinstance(made, torch.optim.Optimizer)
+        return made
     kinds = {p.device.type for row in rows for p in row["params"]}
     return torch.optim.AdamW(
         rows,

@@ -188,6 +188,17 @@ def _to_fp8(module: Any, layer: FusedLayer, ops: ModuleType) -> None:
             at += width
 
 
+def why_not_fusable(decoder: nn.Module) -> str | None:
+    """Returns why a decoder cannot take the fused path, or None when it can; changes nothing."""
+    try:
+        _check_attention(decoder.config)
+        for module in decoder.layers:  # type: ignore[union-attr]
+            _check(module)
+    except NotFusable as reason:
+        return str(reason)
+    return None
+
+
 def _check_attention(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
@@ -202,6 +213,8 @@ def _check(module: Any) -> None:
         if parameter.requires_grad and ".lora_" not in path:
             raise NotFusable(f"base weights train ({path})")
     for linear in _linears(module):
+        if type(_base(linear)) is not nn.Linear:
+            raise NotFusable(f"weights are held as {type(_base(linear)).__name__}")
         if linear is _base(linear):
             continue
         if any(dropout.p > 0 for dropout in _dropouts(linear)):

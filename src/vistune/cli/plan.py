@@ -1,0 +1,84 @@
+"""`vistune plan`: what a recipe will need, before it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vistune.cli.recipe import Name, Overrides
+
+if TYPE_CHECKING:
+    from vistune.plan import Plan
+
+
+def plan(
+    name: Name,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="A known device (h200, a100-80, 4090, ...); else this one.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of the device in GiB, when it is another.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Price of an hour of it, for the cost of the run.")
+    ] = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read the rows' lengths for the longest row and steps.")
+    ] = False,
+) -> None:
+    """Predict memory, time and cost; choose row length and recomputed layers; read no weights."""
+    from vistune.recipe import load_recipe
+
+    recipe = load_recipe(name, overrides or []).recipe
+    from vistune.plan import make_plan
+
+    made = make_plan(
+        recipe, device=device, memory_gib=memory_gib, price_per_hour=price, read_data=data
+    )
+    _print(made)
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+def _print(made: Plan) -> None:
+    from vistune.cli.console import print_table
+
+    gib = 2**30
+    prediction, row = made.prediction, made.row
+    rows = [
+        (role, *(f"{n / gib:.2f}" for n in (b.weights, b.gradients, b.optimizer, b.casts)))
+        for role, b in prediction.roles.items()
+    ]
+    print_table(
+        "predicted GiB by role", ("role", "weights", "gradients", "optimizer", "casts"), rows
+    )
+    kinds = [
+        ("decoder activations", prediction.activations),
+        ("images, tower, connector", prediction.tower),
+        ("logits", prediction.logits),
+        ("made in passing", prediction.passing),
+    ]
+    print_table(
+        f"and for a row of {row.num_tokens:,} tokens, {row.num_images} images,"
+        f" {row.num_targets:,} targets ({'the longest of the data' if made.from_data else 'full'})",
+        ("kind", "GiB"),
+        [(kind, f"{n / gib:.2f}") for kind, n in kinds],
+    )
+    for sentence in made.settled.said:
+        print(f"chosen: {sentence}")
+    layers = "fused" if made.room.memory.fused else "transformers' own"
+    print(f"decoder layers: {layers}")
+    total = made.device.memory_gib
+    verdict = "fits" if made.fits else "does not fit"
+    print(f"peak: {prediction.peak_gib:.1f} of {total:.1f} GiB on {made.device.name}: {verdict}")
+    if made.row_tflop is not None:
+        print(f"needed: {made.row_tflop:,.3g} TFLOP a row, nothing recomputed counted")
+    if made.row_seconds is not None:
+        tokens_per_s = row.num_tokens / made.row_seconds
+        print(f"estimate: {made.row_seconds:.3g} s a row, {tokens_per_s:,.0f} tokens/s")
+    if made.run_seconds is not None:
+        print(f"estimate: {made.num_steps:,} steps in {made.run_seconds / 3600:.2f} h")
+    if made.cost is not None:
+        print(f"estimate: cost {made.cost:,.2f}")

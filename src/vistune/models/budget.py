@@ -1,0 +1,186 @@
+"""Settles `auto` in a recipe from the memory of a device: how long rows are, what is recomputed.
+
+It decides from the predictions of `models.memory`; it runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vistune.errors import ModelError
+from vistune.models.memory import MemoryModel, RowSize, memory_model
+from vistune.recipe import ModelConfig, Recipe
+from vistune.types import Batch, VisionGrid
+
+if TYPE_CHECKING:
+    import torch
+
+    from vistune.models.facts import ModelFacts
+
+LONGEST_ROW = 32_768
+"""Rows are not made longer than this by themselves: kernels are busy well before."""
+CPU_ROW = 4_096
+"""A CPU is busy with far fewer tokens."""
+_STEP = 512
+_SHORTEST_ROW = 2_048
+_USABLE_FRAC = 0.94
+"""Of a device's memory: the rest is lost between an allocator's blocks."""
+_CONTEXT_BYTES = int(0.8 * 2**30)
+"""Kernels and libraries, outside of tensors."""
+_TEXT_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was chosen for `auto`.
+
+    Args:
+        max_tokens: Tokens of a row.
+        checkpoint_layers: Layers computed again.
+        fits: Whether the prediction stays within the budget.
+        said: What was chosen and why, one sentence each; empty when nothing was open.
+    """
+
+    max_tokens: int
+    checkpoint_layers: int
+    fits: bool
+    said: tuple[str, ...] = ()
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with numbers in place of `auto`."""
+        batch = recipe.batch.model_copy(update={"max_tokens": self.max_tokens})
+        train = recipe.train.model_copy(update={"checkpoint_layers": self.checkpoint_layers})
+        return recipe.model_copy(update={"batch": batch, "train": train})
+
+
+def usable_bytes(memory_gib: float) -> int:
+    """Returns how much of a device's memory tensors may take."""
+    return max(0, int(_USABLE_FRAC * memory_gib * 2**30) - _CONTEXT_BYTES)
+
+
+def fullest_row(num_tokens: int, grid: VisionGrid, *, num_rows: int = 2) -> RowSize:
+    """Returns the row of a length that needs most memory: short captions of as many images as fit.
+
+    Args:
+        num_tokens: Its length.
+        grid: Image tokens of a picture.
+        num_rows: Rows of the step.
+    """
+    side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
+    each = grid.num_tokens(side, side) + _TEXT_TOKENS
+    return RowSize(num_tokens, -(-num_tokens // each), num_tokens // 2, num_tokens, num_rows)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A model's memory and the device it has to fit into.
+
+    Args:
+        memory: The model's memory.
+        grid: Image tokens of a picture.
+        memory_gib: Memory of the device.
+        on_cpu: Whether the device is a CPU.
+    """
+
+    memory: MemoryModel
+    grid: VisionGrid
+    memory_gib: float
+    on_cpu: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        parts: ModelConfig,
+        facts: ModelFacts,
+        *,
+        dtype: torch.dtype,
+        kind: str,
+        memory_gib: float,
+        required: bool = True,
+    ) -> Room | None:
+        """Works out the memory of a recipe's model.
+
+        Args:
+            recipe: What trains, and how.
+            parts: The model's parts.
+            facts: Their configs.
+            dtype: Format of frozen weights and activations.
+            kind: Kind of the device.
+            memory_gib: Its memory.
+            required: Whether a model that cannot be planned is an error; None is returned if not.
+
+        Raises:
+            ModelError: The model cannot be planned.
+        """
+        fused = recipe.train.fused == "on" or (recipe.train.fused == "auto" and kind == "cuda")
+        try:
+            memory = memory_model(
+                parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
+            )
+        except ModelError:
+            if required:
+                raise
+            return None
+        return cls(memory, facts.grid, memory_gib, kind == "cpu")
+
+    def settle(self, recipe: Recipe) -> Settled:
+        """Chooses what a recipe leaves open.
+
+        Args:
+            recipe: `batch.max_tokens` and `train.checkpoint_layers` may be `auto`.
+        """
+        budget = usable_bytes(self.memory_gib)
+        fixed_layers, tokens = recipe.train.checkpoint_layers, recipe.batch.max_tokens
+        num_layers = self.memory.num_layers
+        layers = range(num_layers + 1) if fixed_layers == "auto" else (fixed_layers,)
+        said = []
+        if tokens == "auto":
+            longest = min(
+                CPU_ROW if self.on_cpu else LONGEST_ROW, recipe.batch.tokens or LONGEST_ROW
+            )
+            shortest = min(_SHORTEST_ROW, longest)
+            lengths = range(longest, shortest - 1, -_STEP)
+            fitting = (n for n in lengths if self._peak(n, layers[0]) <= budget)
+            tokens = next(fitting, shortest)
+            said.append(f"batch.max_tokens {tokens:,}")
+        assert tokens != "auto"
+        again = next((n for n in layers if self._peak(tokens, n) <= budget), layers[-1])
+        if fixed_layers == "auto":
+            said.append(f"train.checkpoint_layers {again} of {num_layers}")
+        peak = self._peak(tokens, again)
+        if said:
+            said.append(f"predicted peak {peak / 2**30:.1f} of {self.memory_gib:.1f} GiB")
+        return Settled(tokens, again, peak <= budget, tuple(said))
+
+    def _peak(self, num_tokens: int, again: int) -> int:
+        row = fullest_row(num_tokens, self.grid)
+        return self.memory.predict(row, checkpoint_layers=again).peak
+
+    def advice(self, rows: Sequence[Batch]) -> str:
+        """Returns the setting that is predicted to make rows fit, as words for an error message."""
+        longest = max(rows, key=lambda row: row.num_tokens)
+        pixels = longest.pixel_values_NCYX
+        size = RowSize(
+            num_tokens=longest.num_tokens,
+            num_images=0 if pixels is None else pixels.shape[0],
+            num_targets=longest.num_targets,
+            num_tail_tokens=longest.num_tokens,
+            num_rows=len(rows),
+        )
+        budget = usable_bytes(self.memory_gib)
+        peak = 0
+        for again in range(self.memory.num_layers + 1):
+            peak = self.memory.predict(size, checkpoint_layers=again).peak
+            if peak <= budget:
+                return (
+                    f"train.checkpoint_layers={again} is predicted to need {peak / 2**30:.1f} of"
+                    f" {self.memory_gib:.1f} GiB"
+                )
+        return (
+            f"Even with every layer recomputed {peak / 2**30:.1f} of {self.memory_gib:.1f} GiB are"
+            " predicted: lower batch.max_tokens, or set tune.language.frozen_format=nf4 or"
+            " train.optimizer=adamw_8bit"
+        )

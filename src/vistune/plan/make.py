@@ -1,0 +1,224 @@
+"""Works out a recipe's memory and time on a device, present or only named.
+
+Memory is predicted (`models.memory`); a step's time is an estimate, because it takes for granted
+which share of a device's matrix products a step reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vistune.assembly import draw
+from vistune.device import select_device
+from vistune.device.peak import free_memory_gib
+from vistune.models.budget import Room, Settled, fullest_row, usable_bytes
+from vistune.models.flops import RowLengths, row_flops
+from vistune.models.memory import Prediction, RowSize
+from vistune.plan.devices import KNOWN_DEVICES, KnownDevice, present_device
+from vistune.recipe import Recipe, sizes
+
+if TYPE_CHECKING:
+    from vistune.assembly import Blueprint
+
+REACHED_FRAC = {"fused": 0.75, "fp8": 1.15, "plain": 0.5}
+"""Share of a device's 16-bit matrix products that a step reaches: measured on an H200 with 7B
+(bench/README.md) for fused layers, their FP8 form, and taken for granted elsewhere."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs.
+
+    Args:
+        device: The device.
+        settled: The recipe's row length and recomputed layers, `auto` replaced.
+        row: The row that is predicted.
+        prediction: Its memory.
+        room: The model and the device.
+        row_seconds: Estimated time of that row; None where the device's rate or the model's cost is
+            not known.
+        num_steps: Optimizer steps of the run; None where the data was not read.
+        run_seconds: Estimated time of the run, or None.
+        cost: `run_seconds` times the price an hour, or None.
+        from_data: Whether `row` is the data's own longest row (else the fullest of its length).
+    """
+
+    device: KnownDevice
+    settled: Settled
+    row: RowSize
+    prediction: Prediction
+    room: Room
+    row_seconds: float | None
+    row_tflop: float | None
+    num_steps: int | None
+    run_seconds: float | None
+    cost: float | None
+    from_data: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction stays within what the device leaves to tensors."""
+        return self.prediction.peak <= usable_bytes(self.device.memory_gib)
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    memory_gib: float | None = None,
+    price_per_hour: float | None = None,
+    read_data: bool = False,
+) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        recipe: The recipe.
+        device: Name of a known device; the present one when left out.
+        memory_gib: Its memory, when it is another.
+        price_per_hour: What an hour of it costs, in any currency.
+        read_data: Read the rows' lengths (text and image headers) for the longest row that will
+            really be made and the number of steps.
+
+    Raises:
+        RegistryError: No such device is known.
+        ModelError: The model is not there, or cannot be planned.
+    """
+    blueprint = draw(recipe)
+    target = _target(recipe, device)
+    if memory_gib is not None:
+        target = replace(target, memory_gib=memory_gib)
+    room = _room(recipe, blueprint, target)
+    settled = room.settle(recipe)
+    recipe = settled.apply(recipe)
+    row, num_steps, rows_per_step = fullest_row(settled.max_tokens, room.grid), None, 1.0
+    num_steps = recipe.train.steps
+    if recipe.batch.tokens is not None:
+        rows_per_step = max(1.0, recipe.batch.tokens / settled.max_tokens)
+        row = replace(row, num_rows=round(rows_per_step))
+    if read_data:
+        row, num_steps, rows_per_step = _from_data(recipe, blueprint)
+    prediction = room.memory.predict(row, checkpoint_layers=settled.checkpoint_layers)
+    tflop, seconds = _row_time(recipe, room, row, target, settled)
+    run_seconds = None
+    if seconds is not None and num_steps is not None:
+        run_seconds = seconds * rows_per_step * num_steps
+    cost = None
+    if run_seconds is not None and price_per_hour is not None:
+        cost = run_seconds / 3600 * price_per_hour
+    return Plan(
+        device=target,
+        settled=settled,
+        row=row,
+        prediction=prediction,
+        room=room,
+        row_seconds=seconds,
+        row_tflop=tflop,
+        num_steps=num_steps,
+        run_seconds=run_seconds,
+        cost=cost,
+        from_data=read_data,
+    )
+
+
+def settle(recipe: Recipe, blueprint: Blueprint) -> Recipe:
+    """Returns a recipe with numbers in place of `auto`, for the device that is present."""
+    if "auto" not in (recipe.batch.max_tokens, recipe.train.checkpoint_layers):
+        return recipe
+    device = select_device(recipe.device, recipe.dtype)
+    room = Room.of(
+        recipe,
+        blueprint.parts,
+        blueprint.facts,
+        dtype=device.dtype,
+        kind=device.kind,
+        memory_gib=free_memory_gib(device),
+    )
+    assert room is not None
+    return room.settle(recipe).apply(recipe)
+
+
+def _target(recipe: Recipe, name: str | None) -> KnownDevice:
+    if name is not None:
+        return KNOWN_DEVICES.get(name)
+    return present_device(select_device(recipe.device, recipe.dtype))
+
+
+def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
+    formats = {"auto": target.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+    room = Room.of(
+        recipe,
+        blueprint.parts,
+        blueprint.facts,
+        dtype=formats[recipe.dtype],
+        kind=target.kind,
+        memory_gib=target.memory_gib,
+    )
+    assert room is not None
+    return room
+
+
+def _from_data(recipe: Recipe, blueprint: Blueprint) -> tuple[RowSize, int, float]:
+    """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step."""
+    from vistune.data.check import check_sources
+    from vistune.data.loader import TrainData
+
+    report = check_sources(
+        recipe.data.train,
+        blueprint.encoder,
+        max_tokens=recipe.batch.row_tokens,
+        overlong=recipe.data.overlong,
+        workers=recipe.data.workers,
+    )
+    data = TrainData(recipe.data, recipe.batch, blueprint.encoder, recipe.seed, report=report)
+    try:
+        plans = list(itertools.islice(data.plans(0), data.steps_per_epoch(0)))
+        steps = sizes.num_steps(recipe.train, data.steps_per_epoch)
+    finally:
+        data.close()
+    lengths = np.asarray(report.lengths)
+    rows = [(int(lengths[list(row)].sum()), len(plan.rows)) for plan in plans for row in plan.rows]
+    tokens, num_rows = max(rows)
+    share = tokens / max(1, report.num_tokens)
+    size = RowSize(
+        num_tokens=tokens,
+        num_images=-(-int(report.num_images * share * 1000) // 1000),
+        num_targets=int(report.num_target_tokens * share),
+        num_tail_tokens=int(report.num_target_tokens * share),
+        num_rows=num_rows,
+    )
+    return size, steps, len(rows) / max(1, len(plans))
+
+
+def _row_time(
+    recipe: Recipe, room: Room, row: RowSize, target: KnownDevice, settled: Settled
+) -> tuple[float | None, float | None]:
+    """Returns the operations of a row in TFLOP and the time they are estimated to take."""
+    work = room.memory.work
+    if work is None:
+        return None, None
+    num_samples = max(1, row.num_images)
+    each = row.num_tokens // num_samples
+    side = room.grid.fixed_size_px or room.grid.patch_px * room.grid.downsample * 16
+    lengths = RowLengths(
+        samples=(each,) * num_samples,
+        num_targets=row.num_targets,
+        num_images=row.num_images,
+        num_image_tokens=row.num_images * room.grid.num_tokens(side, side),
+    )
+    needed = row_flops(work, lengths)
+    tflop = needed.total / 1e12
+    if target.reached_tflops is None:
+        return tflop, None
+    language = recipe.tune.language
+    fp8 = language.mode != "full" and language.frozen_format == "fp8"
+    kind = ("fp8" if fp8 else "fused") if room.memory.fused else "plain"
+    # A layer computed again runs its forward pass twice: a third to a half more of its work.
+    again = settled.checkpoint_layers / room.memory.num_layers
+    passes = 2 if language.mode == "freeze" else 3
+    done = tflop + again * (needed.language + needed.attention) / passes / 1e12
+    return tflop, done / (target.reached_tflops * REACHED_FRAC[kind])

@@ -1,0 +1,67 @@
+"""A plan by the public function and by the command, for devices that are not here."""
+
+import pytest
+import yaml
+from tiny_parts import parts
+from typer.testing import CliRunner
+
+from vistune.cli.app import app
+from vistune.errors import RegistryError
+from vistune.plan import make_plan, settle
+from vistune.plan.devices import KNOWN_DEVICES
+from vistune.recipe import Recipe
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return {
+        "name": "t",
+        "device": "cpu",
+        "model": parts(tmp_path).model_dump(),
+        "data": {"train": [{"path": "d.json"}], "template": "plain"},
+        "batch": {"samples": 4, "max_tokens": "auto"},
+        "train": {"steps": 10, "checkpoint_layers": "auto"},
+    }
+
+
+def test_a_named_device(tree):
+    made = make_plan(Recipe.model_validate(tree), device="h200", price_per_hour=3.6)
+    assert made.fits and made.room.memory.fused
+    assert made.settled.max_tokens == 32768 and made.settled.checkpoint_layers == 0
+    assert made.row_seconds == made.row_tflop / (790 * 0.75)
+    assert made.run_seconds == made.row_seconds * 10
+    assert made.cost == pytest.approx(made.run_seconds / 1000)
+
+
+def test_what_is_not_known_stays_open(tree):
+    made = make_plan(Recipe.model_validate(tree), device="npu-64")
+    assert made.row_seconds is None and made.run_seconds is None and made.cost is None
+    assert made.prediction.peak > 0
+
+
+def test_memory_may_be_given_and_may_be_too_little(tree):
+    made = make_plan(Recipe.model_validate(tree), device="4090", memory_gib=0.5)
+    assert not made.fits
+
+
+def test_an_unknown_device_lists_the_known_ones(tree):
+    with pytest.raises(RegistryError, match="did you mean 'h100'"):
+        make_plan(Recipe.model_validate(tree), device="h1000")
+    assert {"h200", "a100-80", "4090", "dcu-32"} <= set(KNOWN_DEVICES.names())
+
+
+def test_the_present_device_settles_a_recipe(tree):
+    from vistune.assembly import draw
+
+    recipe = Recipe.model_validate(tree)
+    assert settle(recipe, draw(recipe)).batch.row_tokens == 4096
+
+
+def test_the_command(tree, tmp_path):
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200"])
+    assert done.exit_code == 0, done.output
+    assert "batch.max_tokens 32,768" in done.output and "peak:" in done.output
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--memory-gib", "0.5"])
+    assert done.exit_code == 1 and "does not fit" in done.output
