@@ -1,0 +1,85 @@
+"""QLoRA and 8-bit AdamW as whole runs: learning, resuming, answering with unrounded weights."""
+
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_loop import losses, resolved
+
+from vistune.errors import MissingExtraError
+from vistune.recipe import ResolvedRecipe
+from vistune.train import train
+
+QUIET = Console(quiet=True)
+
+
+def qlora(tiny, folder, frozen_format="nf4", **train_changes):
+    language = {"mode": "lora", "rank": 4, "alpha": 8, "frozen_format": frozen_format}
+    return resolved(
+        tiny,
+        folder,
+        tune={"connector": {"mode": "full"}, "language": language},
+        train={"steps": 4, "schedule": "constant", "warmup_frac": 0, "lr": 1e-2, **train_changes},
+    )
+
+
+def longer(recipe, steps):
+    changed = recipe.recipe.train.model_copy(update={"steps": steps})
+    return ResolvedRecipe(recipe.recipe.model_copy(update={"train": changed}), {}, "test")
+
+
+@pytest.mark.parametrize(("frozen_format", "optimizer"), [("nf4", "adamw_8bit"), ("int8", "adamw")])
+def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, tmp_path, frozen_format, optimizer):
+    pytest.importorskip("bitsandbytes")
+    whole = qlora(tiny, tmp_path / "a", frozen_format, optimizer=optimizer)
+    train(whole, console=QUIET)
+    parts = qlora(tiny, tmp_path / "b", frozen_format, optimizer=optimizer)
+    train(longer(parts, 2), console=QUIET)
+    train(parts, resume=True, console=QUIET)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a")[-1][1] < losses(tmp_path / "a")[0][1]
+    saved = [
+        load_file(tmp_path / which / "checkpoints/step_00000004/weights.safetensors")
+        for which in "ab"
+    ]
+    assert all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
+    # Only what trains is saved: no rounded weight leaves the process.
+    assert all(".lora_" in name or name.startswith("connector") for name in saved[0])
+
+
+def test_answers_come_from_adapters_merged_into_unrounded_weights(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from vistune.assembly import load_assembled
+
+    train(qlora(tiny, tmp_path / "a"), console=QUIET)
+    model = load_assembled(tmp_path / "a").model
+    base = load_file(tiny / "llama" / "model.safetensors")
+    saved = load_file(tmp_path / "a/checkpoints/step_00000004/weights.safetensors")
+    name = next(n for n in saved if "q_proj.lora_A" in n)
+    stem = name.split(".lora_A")[0]
+    up = saved[next(n for n in saved if n.startswith(f"{stem}.lora_B"))]
+    merged = model.get_parameter(f"{stem}.weight")
+    assert merged.dtype is torch.float32
+    original = base[f"{stem.removeprefix('language_model.')}.weight"]
+    # alpha / rank = 2; fp32 rounding of one sum
+    assert torch.allclose(merged, original + 2 * up @ saved[name], atol=1e-6)
+
+
+def test_row_length_and_recomputed_layers_are_settled_and_kept_on_resume(tiny, tmp_path):
+    auto = {"batch": {"samples": 4, "max_tokens": "auto"}}
+    steps = {"schedule": "constant", "warmup_frac": 0, "checkpoint_layers": "auto"}
+    whole = resolved(tiny, tmp_path / "a", train={"steps": 4, **steps}, **auto)
+    train(longer(whole, 2), console=QUIET)
+    train(whole, resume=True, console=QUIET)
+    assert (tmp_path / "a/settled.json").is_file()
+    fixed = {"batch": {"samples": 4, "max_tokens": 4096}}
+    train(resolved(tiny, tmp_path / "b", train={"steps": 4, **steps}, **fixed), console=QUIET)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_8_bit_state_names_its_extra(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"vistune\[qlora\]"):
+        train(resolved(tiny, tmp_path / "a", train={"optimizer": "adamw_8bit"}), console=QUIET)
