@@ -159,6 +159,29 @@ def test_golden_rows(
     assert [image.name for image in sample.images] == names
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "0.jpg"},
+        {"type": "image", "path": "0.jpg"},
+        {"type": "image", "url": "0.jpg"},
+        {"type": "image", "image": {"path": "0.jpg"}},
+        {"type": "image", "image": {"bytes": None, "path": "0.jpg"}},
+        {"type": "image_url", "image_url": {"url": "0.jpg", "detail": "high"}},
+        {"type": "image_url", "image_url": "0.jpg"},
+        {"type": "image", "image": None, "text": None},
+    ],
+)
+@pytest.mark.parametrize("key", ["images", "image"])
+def test_every_form_of_an_image_part(tmp_path: Path, part: dict[str, Any], key: str) -> None:
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": [part, TEXT_PART]}, ANSWER]}
+    if part.get("image", 1) is None:  # it takes the next of the row's own
+        row[key] = ["0.jpg"]
+    sample = read(tmp_path, "messages", row)
+    assert shown(sample)[0] == ("user", "{0}Who is it?")
+    assert [image.name for image in sample.images] == ["0.jpg"]
+
+
 def test_every_format_has_a_golden_row_and_a_name_in_the_recipe() -> None:
     elsewhere = {"coco_captions", "cogvlm_sft", "webdataset", "image_folder", "captions_csv"}
     tested = {format for format, _, _ in GOLDEN} | elsewhere
@@ -206,6 +229,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "unsupported_key",
     ),
     ("xtuner", {"conversation": [["a", "b"]]}, "bad_turn"),
+    (
+        "xtuner",
+        {"conversation": [{"input": "a", "output": "b", "sep": "<x>"}]},
+        "unsupported_key",
+    ),
+    ("alpaca", {"instruction": "a", "output": "<nooutput>"}, "empty_answer"),
     ("alpaca", {"instruction": "a"}, "bad_turn"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "bad_turn"),
     ("alpaca", {"instruction": "a", "output": "b", "history": "x"}, "no_conversation"),

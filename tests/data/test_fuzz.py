@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import llama_tokenizer, make_encoder, make_images
+from data_helpers import llama_tokenizer, make_encoder, make_images, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vistune.data.check import check_sources
 from vistune.data.formats import FORMATS, open_source
+from vistune.data.image import probe
 from vistune.errors import DataError, RowError
 from vistune.recipe import SourceConfig
 
@@ -192,3 +195,63 @@ def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
         return
     assert report.num_ok == 0
     assert len(report.rejected) == report.total_rows > 0
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.binary(max_size=60)
+    | st.text(alphabet='ab0.,"\n\r\t猫', max_size=40).map(str.encode),
+    header=st.sampled_from([b"image,caption\n", b"caption\timage\tid\r\n", b""]),
+)
+def test_any_csv_row_is_read_or_refused(tmp_path: Path, content: bytes, header: bytes) -> None:
+    (tmp_path / "f.csv").write_bytes(header + content)
+    try:
+        reader = open_source(SourceConfig(path=str(tmp_path / "f.csv"), format="captions_csv"))
+    except DataError:
+        return
+    for row in range(len(reader)):
+        try:
+            assert reader.read(row).where == reader.where(row)
+        except RowError as error:
+            assert error.where == reader.where(row)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    members=st.lists(
+        st.tuples(
+            st.sampled_from(["a.jpg", "a.json", "a.txt", "b.json", "b.1.png", ".x", "c/d.txt"]),
+            st.binary(max_size=30) | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+        ),
+        max_size=5,
+    ),
+    cut=st.integers(0, 3000),
+)
+def test_any_archive_is_read_or_refused(
+    tmp_path: Path, members: list[tuple[str, Any]], cut: int
+) -> None:
+    with tarfile.open(tmp_path / "f.tar", "w") as archive:
+        for name, content in members:
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            archive.addfile(info, io.BytesIO(raw))
+    if cut < 1500:
+        whole = (tmp_path / "f.tar").read_bytes()
+        (tmp_path / "f.tar").write_bytes(whole[:cut])
+    try:
+        reader = open_source(SourceConfig(path=str(tmp_path / "f.tar"), format="webdataset"))
+    except DataError:
+        return
+    for row in range(len(reader)):
+        try:
+            sample = reader.read(row)
+            for image in sample.images:
+                probe(image, make_plan())
+        except RowError as error:
+            assert error.reason
+            assert error.fix
