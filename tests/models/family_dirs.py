@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from visualglm_case import train_pieces
 
 from vistune.checkpoint.layouts.mgm import write_mgm
@@ -24,13 +25,16 @@ from vistune.models.families.visualglm import VisualGLMFamily
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
+LLAVA_KIND = "llava-1.5"
 FAMILY_KINDS = ("cogvlm2", "visualglm", "visualglm-sat", "mgm-2b", "mgm-2b-hd")
 
 
 def write_family(kind: str, folder: Path) -> Path:
     """Writes one family's directory; returns it."""
     folder.mkdir(parents=True)
-    if kind == "cogvlm2":
+    if kind == LLAVA_KIND:
+        write_llava_15(folder)
+    elif kind == "cogvlm2":
         _copy("cogvlm2", folder)
         specials = {"<pad>": 500, "<|begin_of_text|>": 501, "<|end_of_text|>": 502}
         byte_tokenizer(specials, bos="<|begin_of_text|>", eos="<|end_of_text|>").save_pretrained(
@@ -47,6 +51,34 @@ def write_family(kind: str, folder: Path) -> Path:
         shutil.rmtree(hf)
     else:
         _write_mgm(folder, hd=kind == "mgm-2b-hd")
+    return folder
+
+
+def write_llava_15(folder: Path) -> Path:
+    """Writes a LLaVA-1.5 as it was released: no tower inside, its encoder beside; returns it."""
+    values = json.loads((PARITY / "llava15" / "config.json").read_text())
+    tower = {k: v for k, v in values["vision_tower"].items() if not k.startswith(("mm_", "kind"))}
+    encoder = folder / "encoder"
+    torch.manual_seed(4)
+    CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained(encoder)
+    side = {"crop_size": 56, "size": 56, "resample": 3}
+    means = {key: values[key] for key in ("image_mean", "image_std")}
+    (encoder / "preprocessor_config.json").write_text(json.dumps({**side, **means}))
+    weights = load_file(PARITY / "llava15" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "vision_tower" not in name}
+    save_file(kept, folder / "model.safetensors")
+    settings = {
+        **values["text"],
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_vision_tower": str(encoder),
+        "mm_projector_type": values["mm_projector_type"],
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    specials = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    byte_tokenizer(specials, bos="<s>", eos="</s>").save_pretrained(folder)
     return folder
 
 
