@@ -177,7 +177,8 @@ def run_quickstart(
     with steps.step("report"):
         data = _report_data(output, parts, recipes, summary, results, state)
         write_report(data, report)
-    _print_end(console, summary, model, report)
+    image = _some_image(results)
+    _print_end(console, summary, model=model, report=report, image=image)
     return QuickstartResult(model, report, summary, is_complete=True)
 
 
@@ -354,9 +355,7 @@ def _report_data(
 
     counts = parts.datasets.counts
     model = output / "model"
-    image = parts.datasets.images / "cat.png"
-    if results and results[0]["image"]:
-        image = Path(results[0]["image"][0])
+    image = _some_image(results)
     return ReportData(
         summary=summary,
         results=results,
@@ -408,9 +407,16 @@ def _notices(parts: EmbeddedDefault) -> list[Notice]:
     return notices
 
 
-def _print_end(console: Console, summary: Summary, model: Path, report: Path) -> None:
+def _some_image(results: list[dict[str, Any]]) -> str:
+    """Returns an image to try the model on: that of the first held-out question with one."""
+    return next((row["image"][0] for row in results if row["image"]), "IMAGE")
+
+
+def _print_end(
+    console: Console, summary: Summary, *, model: Path, report: Path, image: str
+) -> None:
     console.print()
     console.print(Rule(style="green"))
     console.print(headline(summary), style="bold", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
-    console.print(f"talk to it: vistune chat {model} --image IMAGE", soft_wrap=True)
+    console.print(f"talk to it: vistune chat {model} --image {image}", soft_wrap=True)
