@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny_parts import composed, row
+from tiny_parts import composed, row, write_language
 from torch import nn
 
 from vistune.errors import MissingExtraError, ModelError
@@ -17,8 +17,15 @@ LORA = TuneConfig.model_validate({"language": {"mode": "lora", "rank": 4}})
 CPU = torch.device("cpu")
 
 
-def quantized(tmp_path, frozen_format, tune=LORA, **kinds):
-    model, facts = composed(tmp_path, **kinds)
+def wide(tmp_path, text="llama"):
+    """A model whose layers read multiples of 64 numbers, as real ones do."""
+    if not (tmp_path / f"text_{text}").exists():
+        write_language(tmp_path / f"text_{text}", text, hidden_size=64, intermediate_size=128)
+    return composed(tmp_path, text=text)
+
+
+def quantized(tmp_path, frozen_format, tune=LORA, text="llama"):
+    model, facts = wide(tmp_path, text)
     apply_tuning(model, tune, seed=0)
     state = trainable_state(model)
     count = quantize_frozen(model, "language", frozen_format, dtype=torch.float32, device=CPU)
@@ -45,11 +52,11 @@ def test_exactly_the_frozen_layers_of_the_role_are_held_compactly(tmp_path, froz
 @pytest.mark.parametrize(("frozen_format", "near"), [("int8", 0.03), ("nf4", 0.15)])
 def test_products_stay_near_and_adapters_get_gradients(tmp_path, frozen_format, near):
     pytest.importorskip("bitsandbytes")
-    plain, facts = composed(tmp_path)
+    plain, facts = wide(tmp_path)
     model, _, _, _ = quantized(tmp_path, frozen_format)
     name = "language_model.model.layers.0.mlp.up_proj"
     model.train()  # in evaluation, the package's CPU kernel wants widths that are multiples of 32
-    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected, found = (m.get_submodule(name)(x) for m in (plain, model))
     error = float((found - expected).norm() / expected.norm())
     assert 0 < error < near
@@ -64,6 +71,15 @@ def test_a_role_that_trains_whole_has_nothing_to_hold(tmp_path):
     full = TuneConfig.model_validate({"language": {"mode": "full"}})
     with pytest.raises(ModelError, match="no frozen linear layer"):
         quantized(tmp_path, "nf4", tune=full)
+
+
+def test_narrow_layers_are_refused(tmp_path):
+    """The package's CPU code rounds layers that read fewer than 64 numbers wrongly (0.50)."""
+    pytest.importorskip("bitsandbytes")
+    model, _ = composed(tmp_path)
+    apply_tuning(model, LORA, seed=0)
+    with pytest.raises(ModelError, match="multiple of 64"):
+        quantize_frozen(model, "language", "nf4", dtype=torch.float32, device=CPU)
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from vistune.errors import ModelError
 from vistune.models.contract import TunableModel
 from vistune.types import RoleName
 
+_BLOCK = 64
+
 
 def quantize_frozen(
     model: TunableModel,
@@ -40,7 +42,7 @@ def quantize_frozen(
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        ModelError: The role has no frozen linear layer.
+        ModelError: The role has no frozen linear layer, or one that cannot be rounded in blocks.
     """
     bitsandbytes = import_bitsandbytes(f"tune.{role}.frozen_format={frozen_format}")
     places = [
@@ -57,6 +59,13 @@ def quantize_frozen(
             f"the role '{role}' has no frozen linear layer to hold in {frozen_format}",
             where=f"tune.{role}.frozen_format",
             fix=f"set tune.{role}.frozen_format=same",
+        )
+    odd = [name for name, linear in places if linear.in_features % _BLOCK]
+    if odd and frozen_format == "nf4":
+        raise ModelError(
+            f"nf4 rounds in blocks: a layer has to read a multiple of {_BLOCK} numbers",
+            where=odd[0],
+            fix=f"set tune.{role}.frozen_format=int8 or same",
         )
     for name, linear in places:
         parent_name, _, own_name = name.rpartition(".")
