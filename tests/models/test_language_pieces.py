@@ -11,13 +11,17 @@ import pytest
 import sentencepiece
 import torch
 from family_dirs import write_pictures
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from tiny_parts import write_tower
 
 from vistune.assembly import load_assembled
+from vistune.checkpoint.run_dir import RunDirectory
 from vistune.errors import ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
+from vistune.models.connectors import build_connector
 from vistune.models.facts import read_tokenizer
 from vistune.models.language.pieces import fast_from_pieces
 from vistune.recipe import LanguageModelConfig, Recipe, ResolvedRecipe
@@ -96,34 +100,71 @@ def test_other_tokenizers_are_refused(internlm2: Path, tmp_path: Path) -> None:
         read_tokenizer(LanguageModelConfig(path=str(internlm2)))
 
 
+def xtuner_parts(folder: Path) -> dict[str, dict[str, str]]:
+    """A checkpoint of a projector, an adapter by InternLM2's names; returns the recipe's keys."""
+    torch.manual_seed(6)
+    state = build_connector("mlp2x_gelu", num_in=24, num_out=64).state_dict()
+    saved = {f"projector.model.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": saved, "meta": {"iter": 5}}, folder / "iter_5.pth")
+    adapter = folder / "llm_adapter"
+    adapter.mkdir()
+    module = "base_model.model.model.layers.1.attention.wqkv"
+    pair = {f"{module}.lora_A.weight": torch.randn(2, 64)}
+    pair[f"{module}.lora_B.weight"] = torch.randn(96, 2)
+    save_file(pair, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    return {
+        "connector": {"weights": str(folder / "iter_5.pth")},
+        "language_model": {"adapter": str(adapter)},
+    }
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_internlm2_is_an_ordinary_part(internlm2: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("start", ["public", "xtuner"])
+def test_internlm2_is_an_ordinary_part(
+    internlm2: Path, tmp_path: Path, start: str, mode: str
+) -> None:
     write_tower(tmp_path / "tower")
     language = {"mode": "lora", "rank": 2} if mode == "lora" else {"mode": "full"}
-    recipe = Recipe.model_validate(
-        {
-            "name": "internlm2",
-            "run_dir": str(tmp_path / "run"),
-            "device": "cpu",
-            "dtype": "fp32",
-            "model": {
-                "vision_tower": {"path": str(tmp_path / "tower")},
-                "language_model": {"path": str(internlm2)},
-            },
-            "tune": {"language": language},
-            "data": {
-                "train": [write_pictures(tmp_path / "pictures")],
-                "template": "internlm2_chat",
-                "workers": 0,
-            },
-            "batch": {"samples": 2, "max_tokens": 512},
-            "train": {"steps": 2},
-            "log": {"tensorboard": False, "progress": False},
-        }
-    )
-    train(ResolvedRecipe(recipe=recipe, sources={}, origin="test"), console=Console(quiet=True))
+    more = xtuner_parts(tmp_path) if start == "xtuner" else {}
+    tree = {
+        "name": "internlm2",
+        "run_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "model": {
+            "vision_tower": {"path": str(tmp_path / "tower")},
+            "language_model": {"path": str(internlm2), **more.get("language_model", {})},
+            "connector": more.get("connector", {}),
+        },
+        "tune": {"language": language},
+        "data": {
+            "train": [write_pictures(tmp_path / "pictures")],
+            "template": "internlm2_chat",
+            "workers": 0,
+        },
+        "batch": {"samples": 2, "max_tokens": 512},
+        "train": {"steps": 1, "schedule": "constant", "warmup_frac": 0.0},
+        "log": {"tensorboard": False, "progress": False},
+    }
+
+    def run(steps: int, run_dir: str, *, resume: bool = False) -> list[float]:
+        changed = {**tree, "run_dir": str(tmp_path / run_dir), "train": tree["train"]}
+        recipe = Recipe.model_validate(changed | {"train": {**tree["train"], "steps": steps}})
+        made = ResolvedRecipe(recipe=recipe, sources={}, origin="test")
+        train(made, resume=resume, console=Console(quiet=True))
+        lines = RunDirectory(tmp_path / run_dir).metrics.read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    run(1, "run")
+    assert run(2, "run", resume=True) == run(2, "whole")
     trained = load_assembled(tmp_path / "run")
-    prompts = [Prompt((Turn("user", ("what is it",)),))]
+    picture = Image.new("RGB", (30, 40), (200, 40, 40))
+    prompts = [
+        Prompt((Turn("user", ("what is it",)),)),
+        Prompt((Turn("user", (0, "what is it")),), (picture,)),
+    ]
     told = generate(trained.model, trained.encoder, prompts, max_new_tokens=4)
     written = export_model(tmp_path / "run", to="vistune", output=tmp_path / "out")
     again = load_assembled(written)
