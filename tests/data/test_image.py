@@ -209,6 +209,20 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         assert caught.value.reason == reason
 
 
+def test_formats_that_other_programs_would_draw_are_refused(tmp_path: Path) -> None:
+    for suffix in ("eps", "pdf"):
+        photo(20, 10).save(tmp_path / f"a.{suffix}")
+        with pytest.raises(ImageError, match="format that is known") as caught:
+            probe(ref(tmp_path / f"a.{suffix}"), make_plan())
+        assert caught.value.reason == "image_unreadable"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "ppm", "jp2"])
+def test_common_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    photo(20, 10).save(tmp_path / f"a.{suffix}")
+    assert load(ref(tmp_path / f"a.{suffix}"), make_plan()).size == (20, 10)
+
+
 def test_corrupt_pixels_are_found_when_decoding(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(png_header(300, 300))
     assert probe(ref(tmp_path / "bad.png"), make_plan()) == (300, 300)  # the header is sound

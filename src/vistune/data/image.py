@@ -51,6 +51,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
+"""Files that are opened. Pillow knows more, and starts other programs for some (EPS)."""
 _TAIL_BYTES = 65_536
 _FULL_SIZE = "vistune_full_size"
 _SPARE = 2
@@ -328,7 +330,7 @@ def _open(ref: ImageRef) -> Image.Image:
     try:
         # Pillow closes what it opened itself; other files close with their last reference.
         is_file = ref.content is None and ref.span is None
-        opened = Image.open(ref.path if is_file else open_bytes(ref))
+        opened = Image.open(ref.path if is_file else open_bytes(ref), formats=_FORMATS)
     except FileNotFoundError as error:
         raise ImageError(
             "the image is not there",
