@@ -141,9 +141,10 @@ ROWS: dict[str, tuple[Cell, ...]] = {
             (
                 f"{_LAYOUTS}test_xtuner_adapters_of_internlm2_speak_of_its_own_names",
                 f"{_LAYOUTS}test_connectors_of_others",
+                f"{_LAYOUTS}test_other_objects_in_a_file_are_never_run",
             ),
-            "`projector/`, adapters, and `iter_*.pth` of plain tensors that hold the projector"
-            " alone; the parts are named in the recipe",
+            "`projector/`, adapters, and `iter_*.pth` that hold the projector alone; the parts are"
+            " named in the recipe",
         ),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,15 +214,40 @@ def test_connectors_of_others(
         rebuilt(config, connector={"weights": str(path)})
 
 
-class _Foreign:
+class _Curve:
     """Stands for what a training framework leaves in its checkpoints."""
 
+    def __init__(self) -> None:
+        self.values = np.arange(3.0)
 
-def test_files_with_other_objects_are_never_run(shelf: Path, tmp_path: Path) -> None:
-    path = tmp_path / "iter_1.pth"
-    torch.save({"state_dict": {}, "message_hub": _Foreign()}, path)
-    with pytest.raises(WeightsError, match="as plain tensors"):
-        rebuilt(parts(shelf), connector={"weights": str(path)})
+
+def _leave_a_trace(folder: str) -> None:
+    (Path(folder) / "was here").touch()
+
+
+class _Trap:
+    """Runs something when it is unpickled in the ordinary way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return _leave_a_trace, (str(self.folder),)
+
+
+def test_other_objects_in_a_file_are_never_run(shelf: Path, tmp_path: Path) -> None:
+    config, path = parts(shelf), tmp_path / "iter_1.pth"
+    made = build_model(config, describe(config), seed=7, dtype=torch.float32)
+    state = {f"projector.model.{n}": t for n, t in made.connector.state_dict().items()}
+    hub = {"log_scalars": OrderedDict(loss=_Curve()), "trap": _Trap(tmp_path)}
+    torch.save({"state_dict": state, "message_hub": hub, "meta": {"cfg": "x = 1"}}, path)
+    same(rebuilt(config, connector={"weights": str(path)}), logits(made, config))
+    assert not (tmp_path / "was here").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "was here").exists()
+    torch.save({"state_dict": {"projector.model.0.weight": _Curve()}}, path)
+    with pytest.raises(WeightsError, match="no weights by name"):
+        rebuilt(config, connector={"weights": str(path)})
     path.write_bytes(pickle.dumps([1]))
     with pytest.raises(WeightsError):
         rebuilt(parts(shelf), connector={"weights": str(path)})

@@ -26,6 +26,8 @@ from vistune.export.xtuner import write_xtuner
 from vistune.models.build import build_model
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe, read_json
+from vistune.models.families.files import read_tensors
+from vistune.models.families.visualglm import is_sat, read_sat_tensors
 
 Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat", "llava", "xtuner"]
 
@@ -66,8 +68,7 @@ def export_model(
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     facts = _facts(manifest, folder)
-    stored = getattr(facts.text_config, "dtype", None)
-    dtype = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+    dtype = dtype or _stored_dtype(facts, _origin(manifest, folder))
     with new_directory(output, overwrite=overwrite) as target:
         if to in ("adapter", "xtuner"):
             _check_composed(facts, to)
@@ -107,6 +108,21 @@ def export_model(
                     fix="export with --to vistune",
                 )
     return output
+
+
+def _stored_dtype(facts: ModelFacts, origin: Path | None) -> torch.dtype:
+    """Returns the format a model's weights are stored in where it comes from.
+
+    The configs of parts say it. Those of the families often do not; there the weights are asked.
+    """
+    stored = getattr(facts.text_config, "dtype", None)
+    if isinstance(stored, torch.dtype):
+        return stored
+    if facts.tower is not None or origin is None:
+        return torch.float32
+    sat = is_sat(origin)
+    tensors = read_sat_tensors(origin).values() if sat else (t for _, t in read_tensors(origin))
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
 def _check_composed(facts: ModelFacts, to: Target) -> None:

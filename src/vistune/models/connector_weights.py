@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -96,19 +97,44 @@ def read_connector(path: Path) -> dict[str, Tensor]:
     )
 
 
+class _Inert:
+    """Stands for an object of a class that is not known, which is neither made nor run."""
+
+    def __init__(self, *arguments: object) -> None:
+        del arguments
+
+    def __setstate__(self, state: object) -> None:
+        del state
+
+
+def _load_inert(file: Path) -> object:
+    """Reads a PyTorch file without running any code that it names.
+
+    Checkpoints of training frameworks hold objects of theirs beside the weights (XTuner's: curves
+    of the loss). Every name that is not torch's own is read as something that does nothing.
+    """
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (ValueError, RuntimeError):  # not a file in PyTorch's present format
+        unknown = []
+    stands_for: list[Any] = [(_Inert, name) for name in unknown]
+    with torch.serialization.safe_globals(stands_for):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             loaded: dict[str, Tensor] = load_file(file)
             return loaded
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = _load_inert(file)
     except (OSError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(
             "the connector's weights cannot be read as plain tensors",
             where=str(file),
             got=str(error).split("\n")[0][:200],
-            fix="a file with other objects in it is never run; convert it where it was made"
-            " (XTuner: convert pth_to_hf) and name its projector/ here",
+            fix="convert the file where it was made (XTuner: convert pth_to_hf) and name its"
+            " projector/ here",
         ) from error
     for wrapper in ("state_dict", "module"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
