@@ -20,6 +20,7 @@ from family_dirs import FAMILY_KINDS, LLAVA_KIND, write_family, write_pictures
 from vistune.assembly import Assembled, load_assembled
 from vistune.checkpoint.layouts import describe_directory
 from vistune.checkpoint.run_dir import RunDirectory
+from vistune.cli import main
 from vistune.errors import ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
@@ -204,3 +205,44 @@ def test_a_tokenizer_of_another_release_is_refused(shelf: Path, tmp_path: Path) 
     (folder / "ice_text.model").unlink()
     with pytest.raises(ModelError, match="no tokenizer"):
         describe_directory(folder)
+
+
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b"])
+def test_a_second_stage_goes_on_from_the_first(shelf: Path, tmp_path: Path, kind: str) -> None:
+    train(recipe(shelf, shelf / kind, tmp_path / "one", TUNES["lora"]), console=QUIET)
+    connector = {"connector": {"mode": "full"}}
+    train(recipe(shelf, tmp_path / "one", tmp_path / "two", connector), console=QUIET)
+    first, second = load_assembled(tmp_path / "one"), load_assembled(tmp_path / "two")
+    ours, theirs = second.model.state_dict(), first.model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert {second.model.module_map.role_of(name) for name in changed} == {"connector"}
+    written = export_model(tmp_path / "two", to="native", output=tmp_path / "out")
+    assert torch.equal(logits(load_assembled(written)), logits(second))
+
+
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm-sat", "mgm-2b-hd"])
+def test_the_command_line_takes_a_family(
+    shelf: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["vistune", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    picture = str(shelf / "pictures" / "0.png")
+    run("chat", str(shelf / kind), "-i", picture, "-p", "what is it", "--max-new-tokens", "2")
+    question = {"id": 1, "image": "0.png", "question": "what?", "answers": ["red"]}
+    choice = {**question, "id": 2, "type": "choice", "choices": ["red", "blue"]}
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(json.dumps(row) for row in ({**question, "type": "free"}, choice)))
+    told = run(
+        *("eval", str(shelf / kind), str(task), "--images", str(shelf / "pictures")),
+        *("--output", str(tmp_path / "results"), "--max-new-tokens", "2"),
+    )
+    assert "no image" in told

@@ -20,6 +20,7 @@ from vistune.data.encode import Encoder
 from vistune.errors import ModelError
 from vistune.models.chatglm.tokenizer import VOCABULARY_NAME
 from vistune.models.cogvlm2 import CogVLM2ForConditionalGeneration
+from vistune.models.language.pieces import PIECES_NAME
 from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.visualglm import VisualGLMForConditionalGeneration
@@ -76,7 +77,7 @@ def write_family(
         )
     encoder.tokenizer.save_pretrained(folder)
     # The public code reads the sentencepiece file.
-    pieces = None if origin is None else origin / VOCABULARY_NAME
-    if pieces is not None and pieces.is_file():
-        shutil.copy(pieces, folder / VOCABULARY_NAME)
+    for name in (VOCABULARY_NAME, PIECES_NAME):
+        if origin is not None and (origin / name).is_file():
+            shutil.copy(origin / name, folder / name)
     write_manifest(folder, manifest)
