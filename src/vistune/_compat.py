@@ -29,6 +29,7 @@ __all__ = [
     "set_recompute",
     "uses_attention_interface",
     "varlen_attention",
+    "varlen_repeats_groups",
 ]
 
 
@@ -155,6 +156,11 @@ def _varlen() -> tuple[Callable[..., Any], bool]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_repeats_groups() -> bool:
+    """Whether grouped key heads are repeated for torch's varlen attention, which costs memory."""
+    return not _varlen()[1]
 
 
 def varlen_attention(

@@ -132,6 +132,16 @@ def test_what_an_image_keeps_is_what_a_real_one_keeps(tmp_path, name):
     assert memory.image_kept == kept[1] - kept[0] + pixels[0].nbytes
 
 
+def test_repeated_key_heads_are_counted_where_the_kernel_wants_them(tmp_path, monkeypatch):
+    from vistune import _compat
+
+    found = []
+    for repeats in (False, True):
+        monkeypatch.setattr(_compat, "varlen_repeats_groups", lambda repeats=repeats: repeats)
+        found.append(planned(tmp_path, STAGE1, fused=True, dtype=torch.bfloat16).layer.kept)
+    assert found[1] - found[0] == 2 * 2 * 4 * 8  # keys and values, bf16, 4 heads of 8
+
+
 def test_compact_formats():
     weight = torch.empty(64, 512)
     assert frozen_bytes(weight, "same") == 4 * 64 * 512

@@ -365,22 +365,34 @@ def _fused_bytes(
         if isinstance(part, nn.Linear) and ".lora_A" in name
     )
     rstd, lse = 4, 4 * heads
+    repeated = _repeated_bytes(config, dtype=dtype)
     mlp = b * (width + 2 * inner) + rstd  # h, gate_up
-    kept = b * (width + 2 * query + key_value + ranks) + rstd + lse + mlp  # x, q k v, attended
+    # x, q k v, attended; and key heads once for each query head where the kernel wants them so
+    kept = b * (width + 2 * query + key_value + ranks) + repeated + rstd + lse + mlp
     fp8 = tune.language.mode != "full" and tune.language.frozen_format == "fp8"
     # Backward through the MLP: gradient of the output, of the active inner values, and where they
     # are wanted, those values again and the FP8 form of the gradient of gate and up.
     through_mlp = b * (width + inner + (inner if ranks else 0)) + (2 * inner if fp8 else 0)
     # Through attention: three gradients of the row's width, those of q, k, v, and the flash
     # kernel's fp32 sums for q.
-    through_attention = b * (3 * width + query + key_value) + 4 * query + 2 * lse
+    through_attention = b * (3 * width + query + key_value) + repeated + 4 * query + 2 * lse
     return _Decoder(
         layer=LayerBytes(kept, b * width, max(through_mlp, through_attention)),
-        tail_kept=b * (width + key_value) + rstd,
+        tail_kept=b * (width + key_value) + repeated + rstd,
         tail_kept_target=b * (width + 2 * query + ranks) + rstd + lse + mlp,
         # ids and positions (8 each), cos and sin, the mask of image tokens and their places
         row=16 + 2 * head_width * b + 9,
     )
+
+
+def _repeated_bytes(config: Any, *, dtype: torch.dtype) -> int:
+    """Bytes for each token of keys and values repeated for every query head, where they are."""
+    heads = int(config.num_attention_heads)
+    grouped = int(getattr(config, "num_key_value_heads", None) or heads) < heads
+    if not grouped or dtype is torch.float32 or not _compat.varlen_repeats_groups():
+        return 0
+    head_width = int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
+    return 2 * dtype.itemsize * heads * head_width
 
 
 def _counted_bytes(
@@ -405,6 +417,7 @@ def _counted_bytes(
         )
 
     kept = _slope(model, run, dtype=dtype, at=_PROBE_TOKENS) / len(layers)
+    kept += _repeated_bytes(config, dtype=dtype)
     inner = int(getattr(config, "intermediate_size", 4 * width))
     wide = stream.itemsize
     backward = dtype.itemsize * 3 * inner + wide * 3 * width

@@ -158,6 +158,13 @@ def test_what_is_not_understood_is_refused_before_anything_changes(change, reaso
     assert model.model.layers[0].self_attn.q_proj.weight.data_ptr() == storage
 
 
+def test_heads_that_the_kernels_cannot_turn_are_refused():
+    shape = SIZES | {"hidden_size": 48, "head_dim": 12}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).requires_grad_(False)
+    with pytest.raises(NotFusable, match="12 wide"):
+        fuse(model.model, device=torch.device("cpu"))
+
+
 def test_adapters_with_dropout_are_refused():
     model = build("llama", lora=False)
     config = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])

@@ -203,6 +203,9 @@ def _check_attention(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         raise NotFusable("layers attend through a sliding window")
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width & (width - 1):
+        raise NotFusable(f"heads are {width} wide, which is no power of two")
 
 
 def _check(module: Any) -> None:
