@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from data_helpers import make_encoder, make_images, talk, write_rows
+import pytest
+from data_helpers import make_encoder, make_images, make_plan, talk, write_rows
+from PIL import Image
 
 from vistune.data.check import CheckReport, check_sources
 from vistune.data.formats import open_source
+from vistune.data.image import ImagePlan
+from vistune.errors import DataError
 from vistune.recipe import SourceConfig
 
 
@@ -86,6 +91,77 @@ def test_truncation_is_counted(tmp_path: Path) -> None:
     report = check(path, overlong="truncate_text")
     assert report.lengths.tolist() == [400]
     assert report.notes == {"truncated": 1, "answer_seems_cut_off": 1}
+
+
+def test_long_rows_are_named_with_exact_counts(tmp_path: Path) -> None:
+    names = make_images(tmp_path, 2)
+    rows = [{"id": "long", "image": names, "conversations": talk("<image><image>", "word " * 500)}]
+    report = check(write_rows(tmp_path, rows))
+    encoder = make_encoder()
+    reader = open_source(SourceConfig(path=str(tmp_path / "train.jsonl")))
+    text = encoder.count_tokens(reader.read(0)) - 8
+    assert [(row.id, row.detail) for row in report.rejected] == [
+        ("long", f"2 images = 8 + {text:,} text tokens > 400")
+    ]
+    assert "raise batch.max_tokens or shrink images" in report.rejected[0].fix
+    assert f"train.jsonl:1: 2 images = 8 + {text:,} text tokens > 400" in report.table()
+
+
+def test_turns_are_dropped_whole_with_their_images(tmp_path: Path) -> None:
+    names = make_images(tmp_path, 2)
+    talks = talk("<image> One?", "One. " * 20, "<image> Two?", "Two. " * 20, "Three?", "Three.")
+    rows: list[object] = [
+        {"id": "a", "image": names, "conversations": talks},
+        {"id": "b", "conversations": talk("Too long?", "Yes. " * 500)},
+        {"id": "c", "conversations": talk("Short?", "Yes.")},
+    ]
+    path = write_rows(tmp_path, rows)
+    encoder, reader = make_encoder(), open_source(SourceConfig(path=str(path)))
+    sample = reader.read(0)
+    two = int(encoder.tokenise_turns(sample.turns[:4], [(30, 40)] * 2).ids.size)
+    for limit, kept, images in ((two, 4, 2), (two - 1, 2, 1)):
+        report = check(path, overlong="drop_turn", max_tokens=limit)
+        encoded = encoder.encode(sample, max_tokens=limit, overlong="drop_turn")
+        whole = encoder.tokenise_turns(sample.turns[:kept], [(30, 40)] * 2)
+        assert encoded.input_ids.tolist() == whole.ids.tolist()
+        assert len(encoded.pixel_values) == images
+        assert report.lengths[0] == encoded.input_ids.size
+        assert report.image_tokens.tolist() == [4 * images, 0]
+        assert report.num_images == images
+        assert report.notes["turns_dropped"] == 1
+        assert [(row.id, row.reason) for row in report.rejected] == [("b", "overlong")]
+
+
+def test_images_are_shrunk_only_where_that_saves_tokens(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, rows_of(tmp_path, 2))
+    with pytest.raises(DataError, match="every image becomes 4 tokens whatever its size") as caught:
+        check(path, overlong="shrink_image")
+    assert caught.value.where == "data.overlong"
+
+    class AnySize(ImagePlan):
+        """A plan that keeps an image's size, to whole patches."""
+
+        def size_for(self, height: int, width: int) -> tuple[int, int]:
+            return max(14, height // 14 * 14), max(14, width // 14 * 14)
+
+        def apply(self, image: Image.Image) -> Any:
+            size = self.size_for(image.height, image.width)
+            return np.zeros((3, *size), dtype=np.float32)
+
+    plan = AnySize(**{**make_plan().model_dump()})
+    encoder = make_encoder(image_plan=plan)
+    Image.new("RGB", (280, 280)).save(tmp_path / "0.jpg")
+    sample = open_source(SourceConfig(path=str(path))).read(0)
+    whole = encoder.count_tokens(sample)
+    encoded = encoder.encode(sample, max_tokens=whole - 300, overlong="shrink_image")
+    side = encoded.pixel_values[0].shape[1]
+    assert encoded.num_image_tokens == (side // 14) ** 2
+    assert whole - 340 < encoded.input_ids.size <= whole - 300
+    assert encoded.target_mask.sum() == encoder.tokenise(sample).mask.sum()
+    source = SourceConfig(path=str(path))
+    report = check_sources([source], encoder, max_tokens=whole - 300, overlong="shrink_image")
+    assert report.lengths[0] == encoded.input_ids.size
+    assert report.notes["images_shrunk"] == 1
 
 
 def test_deep_finds_what_headers_hide(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Literal, TypeAlias
 from vistune.data.encode import Encoder, Size
 from vistune.data.template import Segment, Stretch
 from vistune.data.words import ANCHOR, UncleanError, Words
+from vistune.errors import RowError
 from vistune.types import Turn
 
 _Context: TypeAlias = Literal["start", "word", "special"]
 _MAX_JOINTS = 50_000
+_MAX_LEADS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,11 @@ class TokenCounter:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._words = Words.of(encoder.tokenizer, forbidden_id=encoder.image_token_id)
-        self._joints: dict[tuple[bool, bool, tuple[str, ...]], tuple[int, int]] = {}
-        self._closed_joints: dict[tuple[bool, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._joints: dict[tuple[_Context, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._closed_joints: dict[tuple[_Context, bool, tuple[str, ...]], tuple[int, int]] = {}
         self._sections: dict[tuple[_Context, tuple[tuple[str, bool], ...]], tuple[int, int]] = {}
+        self._leads: dict[tuple[str, bool], tuple[int, int]] = {}
+        self._end = "" if self._words is None else self._words.plain_end(_answer_end(encoder))
         self._num_leading = encoder.num_leading_tokens
         self.num_tokenised = 0
         """Conversations that had to be tokenised."""
@@ -87,7 +91,9 @@ class TokenCounter:
         text_tokens, image_tokens, target_tokens = self._num_leading, 0, 0
         texts: list[str] = []
         starts_learnt = learns = False
+        context: _Context = "start"
         for stretch in [*stretches, None]:
+            is_text = isinstance(stretch, tuple)
             if isinstance(stretch, tuple):
                 text, is_learnt = stretch
                 if not texts:
@@ -97,28 +103,49 @@ class TokenCounter:
                 else:
                     texts.append(text)
                     learns = is_learnt
-                continue
+                if not self._end or not text.endswith(self._end):
+                    continue
+                # What follows the end of an answer has nothing to do with what was before.
+                texts[-1] = texts[-1][: -len(self._end)]
             if texts:
                 if starts_learnt and text_tokens + image_tokens == 0:
                     raise UncleanError  # its first token is predicted from nothing
-                total, learnt = self._run(words, texts, starts_learnt)
+                if stretch is not None and len(texts) == 1 and context == "start":
+                    total, learnt = self._lead(words, texts[0], starts_learnt)
+                else:
+                    total, learnt = self._run(words, texts, starts_learnt, context)
                 text_tokens, target_tokens = text_tokens + total, target_tokens + learnt
                 texts = []
-            if stretch is not None:
+            context = "start"
+            if is_text:
+                text_tokens, target_tokens = text_tokens + 1, target_tokens + learns
+                context = "special"
+            elif isinstance(stretch, int):
                 image_tokens += self._encoder.num_image_tokens(stretch, sizes)
         return Counts(text_tokens, image_tokens, target_tokens)
 
-    def _run(self, words: Words, texts: list[str], is_learnt: bool) -> tuple[int, int]:
+    def _lead(self, words: Words, text: str, is_learnt: bool) -> tuple[int, int]:
+        """Returns the same as `_run` for what stands in front of an image: mostly the same text."""
+        found = self._leads.get((text, is_learnt))
+        if found is None:
+            found = self._run(words, [text], is_learnt, "start")
+            if len(self._leads) < _MAX_LEADS:
+                self._leads[text, is_learnt] = found
+        return found
+
+    def _run(
+        self, words: Words, texts: list[str], is_learnt: bool, context: _Context
+    ) -> tuple[int, int]:
         """Returns tokens and target tokens of a text in pieces, every other of which is learnt."""
         total = learnt = 0
         joint: tuple[str, ...] = ()  # pieces of the word that is not closed yet
-        joint_is_learnt, at_start = is_learnt, True
+        joint_is_learnt = is_learnt
         for text in texts:
             parts = text.split(" ") if joint or text[:1] != " " else _start_parts(text)
             if len(parts) > 1:
                 closed = (*joint, parts[0]) if parts[0] else joint
                 try:
-                    more, more_learnt = self._closed(words, closed, joint_is_learnt, at_start)
+                    more, more_learnt = self._closed(words, closed, joint_is_learnt, context)
                     inner = words.count(parts[1:-1])
                 except UncleanError:
                     parts = self._careful(words, text, joint)
@@ -126,16 +153,16 @@ class TokenCounter:
                     if len(parts) == 1:
                         joint, is_learnt = closed, not is_learnt
                         continue
-                    more, more_learnt = self._closed(words, closed, joint_is_learnt, at_start)
+                    more, more_learnt = self._closed(words, closed, joint_is_learnt, context)
                     inner = words.count(parts[1:-1])
                 total, learnt = total + more + inner, learnt + more_learnt
                 if is_learnt:
                     learnt += inner
-                joint, joint_is_learnt, at_start = (f" {parts[-1]}",), is_learnt, False
+                joint, joint_is_learnt, context = (f" {parts[-1]}",), is_learnt, "word"
             else:
                 joint += (text,)
             is_learnt = not is_learnt
-        more, more_learnt = self._joint(joint, joint_is_learnt, at_start)
+        more, more_learnt = self._joint(joint, joint_is_learnt, context)
         return total + more, learnt + more_learnt
 
     def _careful(self, words: Words, text: str, joint: tuple[str, ...]) -> list[str]:
@@ -146,33 +173,42 @@ class TokenCounter:
         return [f" {head}", *rest]
 
     def _closed(
-        self, words: Words, pieces: tuple[str, ...], is_learnt: bool, at_start: bool
+        self, words: Words, pieces: tuple[str, ...], is_learnt: bool, context: _Context
     ) -> tuple[int, int]:
         """Returns the same as `_joint` for a word behind which there is a blank."""
-        if len(pieces) == 1 and not at_start:
-            number = words.count([pieces[0][1:]])
+        if len(pieces) == 1 and context == "word":
+            word = pieces[0][1:]
+            number = words.table.get(word)
+            if number is None:
+                number = words.count([word])
             return number, number if is_learnt else 0
-        found = self._closed_joints.get((at_start, is_learnt, pieces))
+        found = self._closed_joints.get((context, is_learnt, pieces))
         if found is None:
             if not words.is_clean("".join(pieces)):
                 raise UncleanError
-            found = self._joint(pieces, is_learnt, at_start)
+            found = self._joint(pieces, is_learnt, context)
             if len(self._closed_joints) < _MAX_JOINTS:
-                self._closed_joints[at_start, is_learnt, pieces] = found
+                self._closed_joints[context, is_learnt, pieces] = found
         return found
 
-    def _joint(self, pieces: tuple[str, ...], is_learnt: bool, at_start: bool) -> tuple[int, int]:
+    def _joint(
+        self, pieces: tuple[str, ...], is_learnt: bool, context: _Context
+    ) -> tuple[int, int]:
         """Returns tokens and target tokens of one word in pieces, every other of them learnt."""
-        key = (at_start, is_learnt, pieces)
+        if len(pieces) == 1 and context == "word" and self._words is not None:
+            number = self._words.table.get(pieces[0][1:])
+            if number is not None:
+                return number, number if is_learnt else 0
+        key = (context, is_learnt, pieces)
         found = self._joints.get(key)
         if found is None:
-            found = self._tokenise_joint(pieces, is_learnt, at_start)
+            found = self._tokenise_joint(pieces, is_learnt, context)
             if len(self._joints) < _MAX_JOINTS:
                 self._joints[key] = found
         return found
 
     def _tokenise_joint(
-        self, pieces: tuple[str, ...], is_learnt: bool, at_start: bool
+        self, pieces: tuple[str, ...], is_learnt: bool, context: _Context
     ) -> tuple[int, int]:
         words = self._words
         assert words is not None
@@ -181,7 +217,6 @@ class TokenCounter:
         if sum(map(len, cut)) - len(cut) != len(words.sections("".join(pieces))) - 1:
             cut = [[piece] for piece in pieces]  # two pieces spell a special token together
         total = learnt = 0
-        context: _Context = "start" if at_start else "word"
         section: list[tuple[str, bool]] = []
         for chunks, flag in zip(cut, flags, strict=True):
             for k, chunk in enumerate(chunks):
@@ -221,3 +256,15 @@ def _start_parts(text: str) -> list[str]:
     parts = text[1:].split(" ")
     parts[0] = f" {parts[0]}"
     return parts
+
+
+def _answer_end(encoder: Encoder) -> str:
+    """Returns what the template writes behind an answer."""
+    probe = "answer"
+    turns = (Turn("user", (0, "question")), Turn("assistant", (probe,)))
+    try:
+        stretches = encoder.template.stretches(turns)
+    except RowError:
+        return ""
+    learnt = [stretch[0] for stretch in stretches if isinstance(stretch, tuple) and stretch[1]]
+    return "".join(learnt).rpartition(probe)[2]

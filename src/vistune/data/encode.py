@@ -26,7 +26,14 @@ from PIL import Image
 
 from vistune.data.image import ImageLike, ImagePlan, full_size, load, probe
 from vistune.data.template import ChatTemplate, Segment, load_template
-from vistune.data.tokens import Overlong, Tokens, first_token, fit, last_token, overlong_error
+from vistune.data.tokens import (
+    Overlong,
+    Tokens,
+    first_token,
+    fit,
+    last_token,
+    turns_that_fit,
+)
 from vistune.errors import DataError, RowError, TemplateError
 from vistune.types import EncodedSample, ImageRef, Sample, Turn, VisionGrid
 
@@ -199,18 +206,14 @@ class Encoder:
     def _with_fewer_turns(
         self, turns: Sequence[Turn], sizes: Sequence[Size], max_tokens: int, whole: Tokens
     ) -> Tokens:
-        first = 1 if turns and turns[0].speaker == "system" else 0
-        low, high = 0, (len(turns) - first) // 2  # rounds that fit, rounds that do not
-        best = whole
-        while high - low > 1:
-            middle = (low + high) // 2
-            kept = turns[: first + 2 * middle]
-            tokens = self.tokenise_turns(kept, sizes)
-            if tokens.ids.size <= max_tokens:
-                low, best = middle, replace(tokens, dropped_turns=len(turns) - len(kept))
-            else:
-                high = middle
-        return best
+        def count(kept: Sequence[Turn]) -> int:
+            return int(self.tokenise_turns(kept, sizes).ids.size)
+
+        number = turns_that_fit(turns, max_tokens, count)
+        if not number:
+            return whole
+        kept = self.tokenise_turns(turns[:number], sizes)
+        return replace(kept, dropped_turns=len(turns) - number)
 
     def _with_smaller_images(
         self, turns: Sequence[Turn], sizes: Sequence[Size], max_tokens: int, whole: Tokens
@@ -465,4 +468,4 @@ def _place(sample: Sample) -> str:
     return f"{sample.where} (id {sample.id})"
 
 
-__all__ = ["Encoder", "ImageLike", "Overlong", "Tokens", "fit", "overlong_error"]
+__all__ = ["Encoder", "ImageLike", "Overlong", "Size", "Tokens", "fit"]

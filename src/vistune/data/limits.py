@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vistune.data.cache import write_once
-from vistune.data.encode import Encoder, Overlong
+from vistune.data.count import TokenCounter
+from vistune.data.encode import Encoder, Overlong, Size
 from vistune.data.formats import RowReader
 from vistune.data.index import SourceIndex
 from vistune.data.rejects import reject
-from vistune.data.tokens import overlong_error
+from vistune.data.tokens import overlong_error, turns_that_fit
 from vistune.errors import DataError, RowError
-from vistune.types import Rejected
+from vistune.types import Rejected, Turn
 
 _CHUNK_ROWS = 256
 _CHANGES = ("truncated", "turns_dropped", "images_shrunk")
@@ -131,7 +132,7 @@ def _outcome(
         path = index.folder / f"limit-{max_tokens}-{overlong}.json"
         if path.is_file():
             return _loaded(json.loads(path.read_text(encoding="utf-8")))
-    job = _Job(index, reader, encoder, max_tokens, overlong)
+    job = _Job(index, reader, encoder, max_tokens, overlong, TokenCounter(encoder))
     chunks = [rows[k : k + _CHUNK_ROWS].tolist() for k in range(0, rows.size, _CHUNK_ROWS)]
     found = _Outcome()
     for part in _in_processes(job, chunks, workers) if workers > 1 else map(job.run, chunks):
@@ -158,6 +159,7 @@ class _Job:
     encoder: Encoder
     max_tokens: int
     overlong: Overlong
+    counter: TokenCounter
 
     def run(self, rows: Sequence[int]) -> _Outcome:
         found = _Outcome()
@@ -166,26 +168,49 @@ class _Job:
             try:
                 sample = self.reader.read(row)
                 id = sample.id
-                found.values.append(self._fit(row))
+                found.values.append(self._fit(row, sample.turns))
                 found.rows.append(row)
             except RowError as error:
                 name, where = self.reader.name, self.reader.where(row)
                 found.rejected[row] = reject(error, source=name, where=where, id=id)
         return found
 
-    def _fit(self, row: int) -> tuple[int, int, int, int, int]:
+    def _fewer_turns(
+        self, row: int, turns: Sequence[Turn], sizes: Sequence[Size]
+    ) -> tuple[int, int, int, int, int]:
+        # What `Encoder.fitted` does, by counting alone.
+        def count(kept: Sequence[Turn]) -> int:
+            return self.counter.count(kept, sizes).tokens
+
+        number = turns_that_fit(turns, self.max_tokens, count)
+        if not number:
+            raise self._refusal(row)
+        counts = self.counter.count(turns[:number], sizes)
+        if not counts.target_tokens:
+            raise RowError("no token is a target", reason="no_target", fix="give the row an answer")
+        images = sum(isinstance(part, int) for turn in turns[:number] for part in turn.parts)
+        return counts.tokens, counts.image_tokens, counts.target_tokens, images, 1
+
+    def _refusal(self, row: int) -> RowError:
+        columns = self.index.columns
+        first, stop = columns.first_image[row : row + 2].tolist()
+        return overlong_error(
+            int(columns.text_tokens[row]),
+            int(columns.image_tokens[row]),
+            num_images=stop - first,
+            max_tokens=self.max_tokens,
+        )
+
+    def _fit(self, row: int, turns: Sequence[Turn]) -> tuple[int, int, int, int, int]:
         columns = self.index.columns
         first, stop = columns.first_image[row : row + 2].tolist()
         if self.overlong in ("error", "drop"):
-            raise overlong_error(
-                int(columns.text_tokens[row]),
-                int(columns.image_tokens[row]),
-                num_images=stop - first,
-                max_tokens=self.max_tokens,
-            )
+            raise self._refusal(row)
         sizes = [(int(h), int(w)) for h, w in columns.image_size[first:stop].tolist()]
+        if self.overlong == "drop_turn":
+            return self._fewer_turns(row, turns, sizes)
         tokens = self.encoder.fitted(
-            self.reader.read(row).turns,
+            turns,
             sizes,
             max_tokens=self.max_tokens,
             overlong=self.overlong,

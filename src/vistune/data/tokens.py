@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistune.errors import RowError
+from vistune.types import Turn
 
 Overlong: TypeAlias = Literal["error", "drop", "drop_turn", "shrink_image", "truncate_text"]
 """What is done with a row that is too long; see `Encoder.fitted`."""
@@ -125,6 +127,27 @@ def fit(tokens: Tokens, *, max_tokens: int, policy: Overlong) -> Tokens:
             )
         raise RowError("no token is a target", reason="no_target", fix="give the row an answer")
     return tokens
+
+
+def turns_that_fit(
+    turns: Sequence[Turn], max_tokens: int, count: Callable[[Sequence[Turn]], int]
+) -> int:
+    """Returns how many of the first turns fit into a row, in whole rounds; 0 when not even one.
+
+    Args:
+        turns: A conversation that does not fit as it is.
+        max_tokens: Tokens a row holds.
+        count: Tokens of the first turns of it.
+    """
+    first = 1 if turns and turns[0].speaker == "system" else 0
+    low, high = 0, (len(turns) - first) // 2  # rounds that fit, rounds that do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(turns[: first + 2 * middle]) <= max_tokens:
+            low = middle
+        else:
+            high = middle
+    return first + 2 * low if low else 0
 
 
 def overlong_error(

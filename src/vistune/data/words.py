@@ -121,7 +121,11 @@ class Words:
         self._added = _Added.of(added)
         self._pairs = pairs
         self._forbidden_id = forbidden_id
+        # Where a blank is "▁" and nothing else is changed, the merges can be asked directly.
+        is_in_model = forbidden_id in range(backend.get_vocab_size(with_added_tokens=False))
+        self._model = None if pairs is None or is_in_model else backend.model
         self._special = re.compile("|".join(map(re.escape, plain))) if plain else None
+        self._plain = plain
         self.a_special = plain[0] if plain else ""
         """A special token."""
         self._marks: dict[str, int] = {}
@@ -182,6 +186,8 @@ class Words:
             core = word.rstrip(_MARKS)
             if core and core[-1] + word[len(core)] not in self._pairs:
                 return self.count([core]) + self._count_marks(core[-1], word[len(core) :])
+        if self._model is not None and not self._added.may_be_in(word):
+            return len(self._model.tokenize("▁" + word.replace(" ", "▁")))
         ids = self._backend.encode(f"{ANCHOR} {word}", add_special_tokens=False).ids
         if self._forbidden_id in ids:
             raise UncleanError
@@ -197,6 +203,18 @@ class Words:
     def front_tokens(self, front: str) -> int:
         """Returns the tokens of "", `ANCHOR` or `a_special`."""
         return self._anchor_tokens if front == ANCHOR else len(front[:1])
+
+    def plain_end(self, text: str) -> str:
+        """Returns the text if it is one special token, found wherever it ends a text; else ""."""
+        if text not in self._plain:
+            return ""
+        heads = [text[:k] for k in range(1, len(text))]
+        overlaps = any(
+            len(other) > len(head) and other.endswith(head)
+            for other in self._plain
+            for head in heads
+        )
+        return "" if overlaps else text
 
     def sections(self, text: str) -> list[str]:
         """Returns what stands between the special tokens in a text."""

@@ -38,8 +38,8 @@ class RowColumns:
         content_hash: uint64 [R]; equal for equal conversations about the same image names.
         first_image: int64 [R + 1]; the images of row r are first_image[r] to first_image[r + 1].
         image_size: int32 [N, 2]; height and width of every image.
-        image_name: uint64 [N]; equal for equal files.
-        image_hash: uint64 [N]; equal for images that look alike. Empty where nothing was decoded.
+        image_name: uint64 [N]; equal for equal files. Empty where nothing was decoded.
+        image_hash: uint64 [N]; equal for images that look alike. Empty as well.
     """
 
     usable: npt.NDArray[np.bool_]
@@ -163,9 +163,12 @@ class SourceIndex:
             }
         )
         rejected = {}
-        for line in (folder / _REJECTED).read_text(encoding="utf-8").splitlines():
-            content = json.loads(line)
-            rejected[content.pop("row")] = Rejected(**content)
+        # Not splitlines: a text may hold other characters that end a line.
+        for line in (folder / _REJECTED).read_text(encoding="utf-8").split("\n"):
+            if line:
+                content = json.loads(line)
+                row = content.pop("row")
+                rejected[row] = Rejected(**content)
         return cls(columns, rejected, tuple(meta["note_names"]), meta["num_tokenised"], folder)
 
 

@@ -85,10 +85,8 @@ def index_source(
 def _kept(folder: Path) -> SourceIndex | None:
     try:
         return SourceIndex.load(folder)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(folder, ignore_errors=True)  # damaged: it is made again
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or not there: it is made (again)
         return None
 
 

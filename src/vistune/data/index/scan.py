@@ -26,7 +26,7 @@ from vistune.data.rejects import reject
 from vistune.errors import DataError, RowError
 from vistune.types import ImageRef, Sample
 
-_PROOF_EVERY_ROWS = 256
+_PROOF_EVERY_ROWS = 512
 """One row in so many is tokenised as well: counting must give the same."""
 _LONG_ANSWER_CHARS = 240
 _ENDINGS = frozenset(".!?。！？…\"'”’)]}）」』】>*`|~:：;；,\n$%")
@@ -131,8 +131,9 @@ class RowScan:
         )
         draft.num_images.append(len(sizes))
         draft.sizes += sizes
-        draft.image_names += [_hash(_content_name(image)) for image in sample.images]
-        draft.image_hashes += hashes
+        if self.deep:
+            draft.image_names += [_hash(_content_name(image)) for image in sample.images]
+            draft.image_hashes += hashes
 
     def _prove(
         self, sample: Sample, sizes: list[tuple[int, int]], tokens: int, targets: int
