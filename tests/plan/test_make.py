@@ -28,7 +28,7 @@ def test_a_named_device(tree):
     made = make_plan(Recipe.model_validate(tree), device="h200", price_per_hour=3.6)
     assert made.fits and made.room.memory.fused
     assert made.settled.max_tokens == 32768 and made.settled.checkpoint_layers == 0
-    assert made.row_seconds == made.row_tflop / (790 * 0.75)
+    assert made.row_seconds == made.row_tflop / (790 * 0.74)
     assert made.run_seconds == made.row_seconds * 10
     assert made.cost == pytest.approx(made.run_seconds / 1000)
 

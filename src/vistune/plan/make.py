@@ -25,9 +25,16 @@ from vistune.recipe import Recipe, sizes
 if TYPE_CHECKING:
     from vistune.assembly import Blueprint
 
-REACHED_FRAC = {"fused": 0.75, "fp8": 1.15, "plain": 0.5}
-"""Share of a device's 16-bit matrix products that a step reaches: measured on an H200 with 7B
-(bench/README.md) for fused layers, their FP8 form, and taken for granted elsewhere."""
+REACHED_FRAC = {
+    ("fused", "freeze"): 0.74,
+    ("fused", "lora"): 0.65,
+    ("fp8", "freeze"): 1.15,
+    ("fp8", "lora"): 0.90,
+}
+"""Share of a device's 16-bit matrix products that a step of fused layers reaches: measured on an
+H200 with 7B, rows of 12k to 19k tokens (bench/README.md). FP8 products go beyond 1."""
+PLAIN_FRAC = 0.5
+"""The same for transformers' own layers: taken for granted, not measured."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Plan:
         room: The model and the device.
         row_seconds: Estimated time of that row; None where the device's rate or the model's cost is
             not known.
+        row_tflop: Operations that row needs, in TFLOP, or None.
         num_steps: Optimizer steps of the run; None where the data was not read.
         run_seconds: Estimated time of the run, or None.
         cost: `run_seconds` times the price an hour, or None.
@@ -216,9 +224,10 @@ def _row_time(
         return tflop, None
     language = recipe.tune.language
     fp8 = language.mode != "full" and language.frozen_format == "fp8"
-    kind = ("fp8" if fp8 else "fused") if room.memory.fused else "plain"
+    kind = ("fp8" if fp8 else "fused", language.mode)
+    reached = REACHED_FRAC[kind] if room.memory.fused else PLAIN_FRAC
     # A layer computed again runs its forward pass twice: a third to a half more of its work.
     again = settled.checkpoint_layers / room.memory.num_layers
     passes = 2 if language.mode == "freeze" else 3
     done = tflop + again * (needed.language + needed.attention) / passes / 1e12
-    return tflop, done / (target.reached_tflops * REACHED_FRAC[kind])
+    return tflop, done / (target.reached_tflops * reached)
