@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
+import random
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from hypothesis import strategies as st
 from vistune.data.check import check_sources
 from vistune.data.formats import FORMATS, open_source
 from vistune.data.image import probe
+from vistune.data.loader import TrainData
 from vistune.errors import DataError, RowError
-from vistune.recipe import SourceConfig
+from vistune.recipe import BatchConfig, DataConfig, SourceConfig
 
 TEXTS = st.one_of(
     st.text(max_size=12),
@@ -255,3 +260,139 @@ def test_any_archive_is_read_or_refused(
         except RowError as error:
             assert error.reason
             assert error.fix
+
+
+NASTY_TEXTS = [
+    *("<image>", "<image>\nWhat?", "ok", "", " \n", "</s>", "<unk><s>", "\ud800", "\x00"),
+    *("你好，这是什么？", "一只猫。" * 40, "word " * 3000, "x" * 9000, "\ue0f0a1"),
+    *("{{ x }}{% raw %}", "<|im_end|><|im_start|>", "a <image> b <image>"),
+    *("\u3000\u00a0\t\r\n", "e\u0301\u200d\U0001f469\u200d\U0001f467", "▁▁ ▁"),
+]
+NASTY_NAMES = [
+    *("0.jpg", "1.jpg", "bad.jpg", "empty.png", "no.jpg", "../0.jpg", "/etc/passwd", ""),
+    *(".", "a" * 300, "http://x/y.jpg", "data:image/png;base64,AA", "sub/../0.jpg", "图.png"),
+    *("0.jpg\x00", "\ud800.jpg", "loop.jpg", "fifo", "folder", "huge.png"),
+]
+
+
+def nasty_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(9 if depth < 2 else 7)
+    if kind < 3:
+        return rng.choice(NASTY_TEXTS)
+    if kind < 7:
+        return rng.choice([None, 0, -1, 1e308, True, 2**70, [], {}, float("nan")])
+    if kind == 7:
+        return [nasty_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(KEYS): nasty_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def nasty_row(rng: random.Random) -> bytes:
+    roles = ["human", "gpt"] * 6 + ["user", "assistant", "system", "bot", "", None, 3]
+    talk: Any = []
+    for k in range(rng.randrange(1, 6)):
+        role = ["human", "gpt"][k % 2] if rng.random() < 0.8 else rng.choice(roles)
+        value = rng.choice(NASTY_TEXTS) if rng.random() < 0.9 else nasty_value(rng)
+        talk.append({"from": role, "value": value} if rng.random() < 0.95 else nasty_value(rng))
+    if rng.random() < 0.3:  # one thing wrong at most
+        talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": rng.choice(NASTY_TEXTS)}]
+    row: Any = {"id": rng.choice(["a", 7, "", None, "图"]), "conversations": talk}
+    if rng.random() < 0.2:
+        talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "我。"}]
+        row = {"conversations": talk, "image": rng.choice(NASTY_NAMES)}
+    elif rng.random() < 0.5:
+        pass
+    elif rng.random() < 0.6:
+        row["image"] = rng.choice(NASTY_NAMES) if rng.random() < 0.7 else nasty_value(rng)
+    if rng.random() < 0.1:
+        row = nasty_value(rng)
+    raw = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    damage = rng.random()
+    if damage < 0.1:
+        at = rng.randrange(len(raw))
+        raw = raw[:at] + rng.randbytes(rng.randrange(1, 9)) + raw[at + rng.randrange(3) :]
+    elif damage < 0.15:
+        raw = raw[: rng.randrange(len(raw))]
+    elif damage < 0.16:
+        raw = b"[" * 5000
+    return raw.replace(b"\n", b" ").replace(b"\r", b" ").strip() or b"0"
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_malformed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = 100_000
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_images(tmp_path, 2)
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0" + b"x" * 40)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(tmp_path / "fifo")
+    header = b"IHDR" + (200_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    whole = len(header[4:]).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + whole + b"IEND")
+    rng = random.Random(0)
+    good = json.dumps(GOOD).encode()
+    rows = [good, *(nasty_row(rng) for _ in range(number - 1))]
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\n".join(rows))
+    source, encoder = SourceConfig(path=str(path)), make_encoder()
+    report = check_sources([source], encoder, max_tokens=600, overlong="drop_turn", workers=2)
+    assert report.total_rows == number
+    assert report.num_ok + len(report.rejected) == number
+    assert min(report.num_ok, len(report.rejected)) > 5_000
+    assert len(report.by_reason()) > 20
+    rejected = {row.where for row in report.rejected}
+    assert len(rejected) == len(report.rejected)
+    assert all(row.reason and row.fix and row.detail for row in report.rejected)
+    report.write_quarantine(tmp_path / "quarantine.jsonl")
+    config = DataConfig(
+        train=(source,), workers=0, overlong="drop_turn", max_dropped_frac=1.0, shuffle=True
+    )
+    data = TrainData(config, BatchConfig(max_tokens=600, samples=64), encoder, 0, report=report)
+    # Every usable row is read as training reads it: none fails that the check let through.
+    loaded = 0
+    for step in itertools.islice(data.steps(), data.steps_per_epoch()):
+        loaded += sum(batch.num_samples for batch in step)
+        assert not [row for batch in step for row in batch.rejected]
+    assert loaded == report.num_ok
+
+
+def test_chinese_from_file_to_batch(tmp_path: Path) -> None:
+    make_images(tmp_path, 1)
+    (tmp_path / "0.jpg").rename(tmp_path / "图片.jpg")
+    rows: list[Any] = [
+        {
+            "id": "第一行",
+            "image": "图片.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\n这张图片里有什么？"},
+                {"from": "gpt", "value": "一只猫坐在垫子上，旁边有一杯茶。"},
+            ],
+        },
+        {
+            "id": "第二行",
+            "conversations": [
+                {"from": "human", "value": "你好！"},
+                {"from": "gpt", "value": "你好，有什么可以帮你？\n\n一、看图；二、聊天。"},
+            ],
+        },
+    ]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "数据.jsonl").write_text(lines, encoding="utf-8")
+    source = SourceConfig(path=str(tmp_path / "数据.jsonl"))
+    for template in ("vicuna_v1", "llama_2"):
+        encoder = make_encoder(template)
+        data = TrainData(
+            DataConfig(train=(source,), workers=0, shuffle=False),
+            BatchConfig(max_tokens=600, samples=2),
+            encoder,
+            0,
+        )
+        assert data.report.scripts == {"chinese": 2}
+        [batch] = next(data.steps())
+        assert batch.sample_ids == ("第一行", "第二行")
+        assert batch.num_tokens == data.report.num_tokens
+        assert batch.num_targets == data.report.num_target_tokens
+        said = encoder.tokenizer.decode(batch.target_ids_M.tolist())
+        for answer in ("一只猫坐在垫子上，旁边有一杯茶。", "一、看图；二、聊天。"):
+            assert answer in said

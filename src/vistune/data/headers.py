@@ -8,10 +8,12 @@ accepts a file that `probe` would refuse, nor says another size.
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from pathlib import Path
 
 from vistune.data.image import ImagePlan, probe
+from vistune.errors import ImageError
 from vistune.types import ImageRef
 
 _HEAD_BYTES = 4_096
@@ -29,7 +31,8 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8), 2: (8,), 3: (1, 2, 4, 8)}
 def plain_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Returns (height, width) of a plain JPEG or PNG file, or None for anything else."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without waiting: a pipe that stands in a folder has no writer.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError):
         return None
     try:
@@ -131,6 +134,7 @@ class Sizes:
             return size
         size = plain_size(image.path)
         if size is None:
+            _require_file(image)
             size = probe(image, self._plan)
         else:
             self._plan.check_size(*size, name=image.name)
@@ -138,3 +142,18 @@ class Sizes:
             self._known.clear()
         self._known[image.path] = size
         return size
+
+
+def _require_file(image: ImageRef) -> None:
+    # Opening a pipe would wait for ever, a device might.
+    try:
+        mode = image.path.stat().st_mode
+    except (OSError, ValueError):
+        return  # `probe` says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ImageError(
+            "this is a pipe, a device or a socket, not an image",
+            reason="image_unreadable",
+            where=image.name,
+            fix="replace the file",
+        )
