@@ -60,7 +60,14 @@ class Missing:
 
 
 Cell = Shown | Missing
-_QLORA = Missing("no test shows it yet")
+
+
+def _qlora(kind: str) -> Cell:
+    return Shown((f"{_E2E}test_adapters_beside_8_bit_weights[{kind}]",), _EIGHT)
+
+
+_EIGHT = "shown with 8 bits on a CPU"
+_QLORA = Shown(("tests/train/test_qlora.py",), _EIGHT)
 
 
 def _family(kind: str, dump: str, exports: str, **changes: Cell) -> tuple[Cell, ...]:
@@ -68,7 +75,7 @@ def _family(kind: str, dump: str, exports: str, **changes: Cell) -> tuple[Cell, 
         "load": Shown((f"{_E2E}test_a_family_is_described_by_its_own_files[{kind}]",)),
         "full": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-full]",)),
         "lora": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-lora]",)),
-        "qlora": _QLORA,
+        "qlora": _qlora(kind),
         "packed": Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[{kind}]",)),
         "generate": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-lora]",)),
         "export": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-full]",), exports),
@@ -109,7 +116,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         ),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",)),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]",)),
-        _QLORA,
+        _qlora("llava-1.5"),
         Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[llava-1.5]",)),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]",)),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",), "llava, vistune"),
@@ -119,7 +126,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown((f"{_PIECES}test_added_tokens_take_the_places_kept_for_them",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-lora]",)),
-        _QLORA,
+        Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-qlora]",), _EIGHT),
         Shown(
             (
                 "tests/checkpoint/test_layout_internlm2.py"
@@ -148,7 +155,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         ),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),
-        _QLORA,
+        Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-qlora]",), _EIGHT),
         Shown(
             (
                 "tests/checkpoint/test_layout_internlm2.py"

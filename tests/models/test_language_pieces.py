@@ -120,13 +120,16 @@ def xtuner_parts(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "qlora"])
 @pytest.mark.parametrize("start", ["public", "xtuner"])
 def test_internlm2_is_an_ordinary_part(
     internlm2: Path, tmp_path: Path, start: str, mode: str
 ) -> None:
     write_tower(tmp_path / "tower")
-    language = {"mode": "lora", "rank": 2} if mode == "lora" else {"mode": "full"}
+    language = {"mode": "full"} if mode == "full" else {"mode": "lora", "rank": 2}
+    if mode == "qlora":
+        pytest.importorskip("bitsandbytes")
+        language["frozen_format"] = "int8"
     more = xtuner_parts(tmp_path) if start == "xtuner" else {}
     tree = {
         "name": "internlm2",

@@ -74,7 +74,14 @@ def describe(folder: Path) -> ModelFacts:
         vision_config=vision_config,
         text_config=_text_config(values),
         tower=plan,
+        template=_template(values, tokenizer),
     )
+
+
+def _template(values: dict[str, Any], tokenizer: Any) -> str:
+    """Returns what `data.template=auto` stands for: no released LLaVA-1.5 brings a template."""
+    own = tokenizer.chat_template or _TEXT_TYPES[_architecture(values)] != "llama"
+    return "auto" if own else "vicuna_v1"
 
 
 def _tower_of(values: dict[str, Any]) -> VisionTowerConfig:
