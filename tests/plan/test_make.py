@@ -1,5 +1,7 @@
 """A plan by the public function and by the command, for devices that are not here."""
 
+import json
+
 import pytest
 import yaml
 from tiny_parts import parts
@@ -65,3 +67,28 @@ def test_the_command(tree, tmp_path):
     assert "batch.max_tokens 32,768" in done.output and "peak:" in done.output
     done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--memory-gib", "0.5"])
     assert done.exit_code == 1 and "does not fit" in done.output
+
+
+def test_lengths_are_read_when_asked_for(tree, tmp_path):
+    texts = ["a" * n for n in (10, 40, 25, 30, 20, 15)]
+    rows = [
+        {
+            "id": str(number),
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}],
+        }
+        for number, text in enumerate(texts)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    tree["data"] = {
+        "train": [{"path": str(tmp_path / "d.json")}],
+        "template": "vicuna_v1",
+        "workers": 0,
+    }
+    tree["batch"] = {"samples": 2, "max_tokens": 4096}
+    tree["train"] = {"epochs": 2}
+    made = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
+    assert made.num_steps == 6 and made.from_data
+    assert made.row.num_images == 0 and made.row.num_rows == 1
+    # Bytes are tokens here: the longest of three pairs holds the row of 40 and another.
+    assert 2 * 40 < made.row.num_tokens < 4096
+    assert made.run_seconds == pytest.approx(made.row_seconds * 6)

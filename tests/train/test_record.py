@@ -1,9 +1,15 @@
 """Rates come out as their formulas say, and unknown ones as None."""
 
+import io
+
 import torch
+from rich.console import Console
+from test_loop import metrics, resolved
 from train_fakes import CPU, make_row
 
 from vistune.models.flops import RowLengths
+from vistune.recipe.sizes import optimizer_bytes
+from vistune.train import train
 from vistune.train.record import Clock, Totals
 from vistune.train.state import Progress
 from vistune.train.step import StepSums
@@ -62,3 +68,24 @@ def test_lengths_of_a_row():
     assert lengths_of(row, reads_tail=False).tails is None
     assert row_cost(None, reads_tail=True) is None
     assert torch.equal(row.target_index_M, torch.tensor([3, 4, 5, 9]))
+
+
+def test_a_run_reports_what_it_achieved(tiny, tmp_path):
+    recipe = resolved(tiny, tmp_path / "r", train={"steps": 3})
+    said = io.StringIO()
+    result = train(recipe, console=Console(file=said, width=400))
+    lines = metrics(tmp_path / "r")
+    assert all(line["useful_tflops"] > 0 and line["padding_frac"] == 0.0 for line in lines)
+    assert all(line["mfu"] is None for line in lines)  # the peak of a CPU is not measured
+    assert result.totals.steps == 3
+    assert result.totals.tokens == sum(line["tokens"] for line in lines)
+    assert "useful tokens/s" in said.getvalue() and "useful TFLOP/s" in said.getvalue()
+
+
+def test_the_optimizer_state_reserved_is_the_state_there_will_be():
+    weights = [torch.nn.Parameter(torch.randn(64, 32)), torch.nn.Parameter(torch.randn(32))]
+    optimizer = torch.optim.AdamW(weights)
+    sum(w.sum() for w in weights).backward()
+    optimizer.step()
+    moments = [t for s in optimizer.state.values() for t in s.values() if t.dim()]
+    assert sum(t.nbytes for t in moments) == optimizer_bytes(64 * 32 + 32, "adamw")

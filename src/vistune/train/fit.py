@@ -286,7 +286,8 @@ class _Steps:
         if job.heaviest_step is None:
             return
         state = random_state(job.device.torch_device)
-        rows = next(job.data.steps(job.heaviest_step))
+        # The longest row last: by then the gradients of the rows before it exist too.
+        rows = sorted(next(job.data.steps(job.heaviest_step)), key=lambda row: row.num_tokens)
         what = "while rehearsing the heaviest step"
         with self._out_of_memory_explained(rows, what=what):
             # The optimizer makes its state at the first update, so a fresh run has none yet.
