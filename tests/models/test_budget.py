@@ -1,12 +1,15 @@
 """`auto` becomes the largest row, or the fewest recomputed layers, that is predicted to fit."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_parts import parts
 
+from vistune.data.collate import pack_row
 from vistune.models.budget import Room, fullest_row, usable_bytes
 from vistune.models.facts import describe
 from vistune.recipe import Recipe
+from vistune.types import EncodedSample
 
 GIB = 2**30
 
@@ -67,3 +70,17 @@ def test_layers_are_recomputed_only_when_memory_asks_for_it(tmp_path, memory_gib
     chosen = room(config, asked, memory_gib).settle(asked)
     assert chosen.checkpoint_layers == expected and chosen.max_tokens == 16384
     assert chosen.fits == (expected == 0)
+
+
+def test_advice_names_a_setting_that_fits_or_says_that_none_does(tmp_path):
+    config = parts(tmp_path)
+    asked = recipe(config, batch={"samples": 4, "max_tokens": 65536})
+    rows = [pack_row([sample(30_000)])]
+    small, large = (room(config, asked, memory_gib) for memory_gib in (0.5, 1.02))
+    assert "Even with every layer recomputed" in small.advice(rows)
+    assert "train.checkpoint_layers=" in large.advice(rows)
+
+
+def sample(num_tokens):
+    ids = np.arange(num_tokens) % 200
+    return EncodedSample(id="a", source="s", input_ids=ids, target_mask=ids > 190)

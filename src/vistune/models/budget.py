@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vistune.errors import ModelError
 from vistune.models.memory import MemoryModel, RowSize, memory_model
 from vistune.recipe import ModelConfig, Recipe
 from vistune.types import Batch, VisionGrid
@@ -99,8 +98,7 @@ class Room:
         dtype: torch.dtype,
         kind: str,
         memory_gib: float,
-        required: bool = True,
-    ) -> Room | None:
+    ) -> Room:
         """Works out the memory of a recipe's model.
 
         Args:
@@ -110,20 +108,14 @@ class Room:
             dtype: Format of frozen weights and activations.
             kind: Kind of the device.
             memory_gib: Its memory.
-            required: Whether a model that cannot be planned is an error; None is returned if not.
 
         Raises:
             ModelError: The model cannot be planned.
         """
         fused = recipe.train.fused == "on" or (recipe.train.fused == "auto" and kind == "cuda")
-        try:
-            memory = memory_model(
-                parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
-            )
-        except ModelError:
-            if required:
-                raise
-            return None
+        memory = memory_model(
+            parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
+        )
         return cls(memory, facts.grid, memory_gib, kind == "cpu")
 
     def settle(self, recipe: Recipe) -> Settled:

@@ -146,7 +146,6 @@ def settle(recipe: Recipe, blueprint: Blueprint) -> Recipe:
         kind=device.kind,
         memory_gib=free_memory_gib(device),
     )
-    assert room is not None
     return room.settle(recipe).apply(recipe)
 
 
@@ -158,7 +157,7 @@ def _target(recipe: Recipe, name: str | None) -> KnownDevice:
 
 def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
     formats = {"auto": target.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
-    room = Room.of(
+    return Room.of(
         recipe,
         blueprint.parts,
         blueprint.facts,
@@ -166,8 +165,6 @@ def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
         kind=target.kind,
         memory_gib=target.memory_gib,
     )
-    assert room is not None
-    return room
 
 
 def _from_data(recipe: Recipe, blueprint: Blueprint) -> tuple[RowSize, int, float]:

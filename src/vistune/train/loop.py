@@ -41,7 +41,7 @@ from vistune.train.hooks.samples import Answer
 from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.opening import OpenRun, open_run
 from vistune.train.report import print_data, print_result, print_tuning
-from vistune.train.room import room_of, settled
+from vistune.train.room import adviser, settled
 
 if TYPE_CHECKING:
     from vistune.assembly import Blueprint
@@ -89,8 +89,8 @@ def train(
         device.reset_peak_memory()
         _import_engines()
         blueprint = _blueprint(recipe, opened)
-        room = room_of(recipe, blueprint, device)
-        recipe = settled(recipe, room, opened, console)
+        recipe = settled(recipe, blueprint, device, opened, console)
+        advice = adviser(recipe, blueprint, device)
         data = _data(recipe, blueprint, opened, device, console)
         with collector_paused():
             built = _model(recipe, blueprint, opened, device, console)
@@ -98,7 +98,7 @@ def train(
         print_tuning(built.tuning, recipe.train, console)
         job = _job(recipe, opened, device, blueprint, data, built, console, resolved.recipe)
         job.peak_tflops = peak_tflops
-        job.advice = None if room is None else room.advice
+        job.advice = advice
         result = fit(job)
     print_result(result, console, total_steps=total_steps)
     return result
