@@ -297,3 +297,29 @@ def test_models_these_layouts_have_no_place_for(shelf: Path, tmp_path: Path) -> 
     assert not (tmp_path / "b").exists()
     with pytest.raises(ModelError, match="no public layout"):
         export_model(tmp_path / "tower", to="native", output=tmp_path / "c")
+
+
+def test_folded_adapters_are_not_lost(
+    shelf: Path, with_internlm2: ModelConfig, tmp_path: Path
+) -> None:
+    config = parts(shelf)
+    trained(config, tmp_path / "one", {"language": LORA, "vision": LORA})
+    out = export_model(tmp_path / "one", to="xtuner", output=tmp_path / "out")
+    tree = config.model_dump(mode="json")
+    tree["language_model"] |= {"adapter": str(out / "llm_adapter")}
+    second = ModelConfig.model_validate(tree)
+    expected = trained(second, tmp_path / "two", {})
+    again = export_model(tmp_path / "two", to="xtuner", output=tmp_path / "again")
+    found = rebuilt(
+        config,
+        connector={"weights": str(again / "projector")},
+        language_model={"path": str(again)},
+    )
+    same(found, expected)
+    trained(second, tmp_path / "three", {"language": LORA})
+    with pytest.raises(CheckpointError, match="folded in"):
+        export_model(tmp_path / "three", to="adapter", output=tmp_path / "a")
+    tree["vision_tower"] |= {"adapter": str(out / "visual_encoder_adapter")}
+    trained(ModelConfig.model_validate(tree), tmp_path / "four", {})
+    with pytest.raises(ModelError, match="would be lost"):
+        export_model(tmp_path / "four", to="xtuner", output=tmp_path / "b")

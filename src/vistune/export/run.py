@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from vistune._version import __version__
-from vistune.assembly import lay_over, load_assembled
+from vistune.assembly import Assembled, lay_over, load_assembled
 from vistune.checkpoint.files import INHERITED_NAME
 from vistune.checkpoint.layouts import describe_directory, load_directory
 from vistune.checkpoint.load import resolve_checkpoint
@@ -28,6 +28,7 @@ from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe, read_json
 from vistune.models.families.files import read_tensors
 from vistune.models.families.visualglm import is_sat, read_sat_tensors
+from vistune.recipe import ModelConfig
 
 Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat", "llava", "xtuner"]
 
@@ -75,39 +76,46 @@ def export_model(
             _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype)
+        whole = _manifest_of_whole(manifest, found.encoder, folder)
         if to == "vistune":
-            whole = _manifest_of_whole(manifest, found.encoder, folder)
             write_vistune(found.model, found.encoder, whole, target)
-            return output
-        if to in ("native", "sat"):
+        elif to in ("native", "sat"):
             write_family(
                 found.model,
                 found.encoder,
-                _manifest_of_whole(manifest, found.encoder, folder),
+                whole,
                 target,
                 to="sat" if to == "sat" else "native",
                 dtype=dtype,
                 origin=_origin(manifest, folder),
             )
-            return output
-        _check_composed(facts, to)
-        assert isinstance(found.model, ComposedVLM)
-        if to == "llava":
-            whole = _manifest_of_whole(manifest, found.encoder, folder)
-            tower_path = _tower_path(manifest, folder)
-            write_llava(found.model, found.encoder, whole, target, tower_path=tower_path)
-            return output
-        write_hf(found.model, found.encoder, target)
-        if verify:
-            error = compare_hf(found.model, found.encoder, target)
-            if not error <= _TOLERANCE.get(dtype, 5e-2):
-                raise CheckpointError(
-                    "transformers computes other logits from the export than vistune",
-                    where=str(output),
-                    got=f"a relative difference of {error:.1e}",
-                    fix="export with --to vistune",
-                )
+        else:
+            _check_composed(facts, to)
+            _write_llava_kind(found, whole, target, to=to, where=output, verify=verify)
     return output
+
+
+def _write_llava_kind(
+    found: Assembled, whole: Manifest, target: Path, *, to: Target, where: Path, verify: bool
+) -> None:
+    """Writes transformers' LLaVA or the original one, which only composed models can be."""
+    model = found.model
+    assert isinstance(model, ComposedVLM)
+    if to == "llava":
+        tower_path = _tower_path(found.manifest, found.origin)
+        write_llava(model, found.encoder, whole, target, tower_path=tower_path)
+        return
+    write_hf(model, found.encoder, target)
+    if not verify:
+        return
+    error = compare_hf(model, found.encoder, target)
+    if not error <= _TOLERANCE.get(next(model.parameters()).dtype, 5e-2):
+        raise CheckpointError(
+            "transformers computes other logits from the export than vistune",
+            where=str(where),
+            got=f"a relative difference of {error:.1e}",
+            fix="export with --to vistune",
+        )
 
 
 def _stored_dtype(facts: ModelFacts, origin: Path | None) -> torch.dtype:
@@ -183,6 +191,8 @@ def _write_unmerged(
             fix="export with --to hf or --to vistune",
         )
     _check_base(where)
+    if to == "adapter":
+        _check_no_folded(parts, where)
     if parts.from_checkpoint is None:
         model = build_model(parts, facts, seed=manifest.seed, dtype=dtype)
     else:
@@ -208,6 +218,20 @@ def _check_base(checkpoint: Path) -> None:
             " directory that others could load",
             where=str(checkpoint),
             got=f"{len(changed)} such weights",
+            fix="export with --to hf or --to vistune",
+        )
+
+
+def _check_no_folded(parts: ModelConfig, checkpoint: Path) -> None:
+    """Refuses adapters beside weights that already hold others, which no base directory has."""
+    named = (parts.language_model, parts.vision_tower)
+    folded = [part.adapter for part in named if part is not None and part.adapter is not None]
+    if folded:
+        raise CheckpointError(
+            "these adapters stand on weights with other adapters folded in, which are in no"
+            " directory that others could load",
+            where=str(checkpoint),
+            got=", ".join(folded),
             fix="export with --to hf or --to vistune",
         )
 

@@ -63,6 +63,13 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
             got=modes,
             fix="export with --to hf or --to vistune",
         )
+    if parts.vision_tower.adapter is not None:
+        raise ModelError(
+            "the tower already holds adapters of an earlier run, which would be lost",
+            where="model.vision_tower.adapter",
+            got=parts.vision_tower.adapter,
+            fix="export with --to hf, --to llava or --to vistune",
+        )
     _write_projector(model, folder / "projector")
     layers = adapter_layers(model)
     if any(name.startswith("vision_tower.") for name in layers):
@@ -74,7 +81,7 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
     if adapted and family is None and parts.language_model.adapter is None:
         base = parts.language_model.path
         write_peft(model.language_model, base=base, folder=folder / "llm_adapter")
-    elif adapted or modes["language"] == "full":
+    elif adapted or modes["language"] == "full" or parts.language_model.adapter is not None:
         merge_adapters(model.language_model)
         dtype = next(model.language_model.parameters()).dtype
         _write_language(model.language_model, folder, is_internlm2=family is not None, dtype=dtype)
