@@ -87,6 +87,7 @@ def _check_recipe(
             overlong=recipe.data.overlong,
             deep=deep,
             workers=recipe.data.workers,
+            fresh=True,
             progress=lambda done, total: progress("checking rows", done, total),
         )
     if as_json:
@@ -123,9 +124,16 @@ def _print_report(report: CheckReport) -> None:
             ("tokens per row", "  ".join(f"{k} {v:,}" for k, v in spread.items())),
         ]
         print_table("Usable rows", ("", "count"), rows, numbers=1)
+    if len(report.scripts) > 1:
+        total = sum(report.scripts.values())
+        rows = [(name, f"{count / total:.1%}") for name, count in report.scripts.most_common()]
+        print_table("Scripts of the text", ("script", "rows"), rows, numbers=1)
     if report.notes:
-        rows = [(name, str(count)) for name, count in report.notes.most_common()]
-        print_table("Remarks on usable rows", ("remark", "times"), rows, numbers=1)
+        rows = [
+            (name, str(count), ", ".join(report.note_rows.get(name, [])))
+            for name, count in report.notes.most_common()
+        ]
+        print_table("Remarks on usable rows", ("remark", "times", "first"), rows, numbers=1)
     _print_reasons(report.rejected)
 
 

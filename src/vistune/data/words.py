@@ -165,7 +165,7 @@ class Words:
         try:
             return sum(map(table.__getitem__, words))
         except KeyError:
-            others = self._meet(set(words).difference(table))
+            others = self._meet({word for word in words if word not in table})
         if not others:
             return sum(map(table.__getitem__, words))
         return sum([others[word] if word in others else table[word] for word in words])
