@@ -19,7 +19,7 @@ def test_defaults_and_types() -> None:
     by_key = {(r.key, r.form): r for r in references()}
     assert by_key["train.lr", None].default == "0.001"
     assert by_key["train.lr", None].type == "number > 0"
-    assert by_key["batch.max_tokens", None].type == "integer >= 1"
+    assert by_key["batch.max_tokens", None].type == "integer >= 1 or auto"
     assert by_key["name", None].default is None
     assert by_key["train.betas", None].default == "[0.9, 0.999]"
     assert by_key["data.train.N.path", None].default is None
