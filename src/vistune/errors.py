@@ -6,6 +6,8 @@ was expected, and the command or key that fixes it. `assert` is for our own inva
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class VistuneError(Exception):
     """Base of all errors a user can cause.
@@ -92,7 +94,8 @@ class RowError(DataError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        rebuild, (cls, what, state) = super().__reduce__()  # type: ignore[misc]
+        reduced: Any = super().__reduce__()
+        rebuild, (cls, what, state) = reduced
         return (rebuild, (cls, what, {**state, "reason": self.reason}))
 
     def at(self, where: str) -> RowError:
