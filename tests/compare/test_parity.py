@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vistune.checkpoint.layouts.cogvlm2 import write_cogvlm2
 from vistune.cli import main
 from vistune.compare import compare_directory
-from vistune.compare.parity import TOLERANCE
-from vistune.compare.parity.ledger import Ledger, relative_error
+from vistune.compare.parity import TOLERANCE, internlm2, llava, mgm, visualglm
+from vistune.compare.parity.ledger import Ledger, read_arrays, relative_error
 from vistune.errors import CheckpointError, WeightsError
 from vistune.models.cogvlm2 import CogVLM2Config, CogVLM2ForConditionalGeneration
 
@@ -28,6 +29,14 @@ LEFT = {"position_ids_returned_is_none"}
 def copied(name: str, folder: Path) -> Path:
     """A directory whose name says nothing."""
     shutil.copytree(PARITY / name, folder)
+    return folder
+
+
+def copied_in_short(name: str, folder: Path) -> Path:
+    """The same with one of MGM's three runs, the one that has everything."""
+    copied(name, folder)
+    for run in ("io_grid1.npz", "io_grid2.npz"):
+        (folder / run).unlink(missing_ok=True)
     return folder
 
 
@@ -91,6 +100,51 @@ def test_other_sizes_and_what_is_wrong_in_them(other_size: Path) -> None:
     }
 
 
+class Recorder(Ledger):
+    """Notes what is computed here, so that it can be the reference of another run."""
+
+    def compare(self, name: str, ours: Tensor, **more: Any) -> None:
+        if name in self.arrays:
+            assert isinstance(self.arrays, dict)
+            self.arrays[name] = ours.detach().to(self.arrays[name].dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "section", "key", "layers"),
+    [
+        (visualglm, None, "num_layers", "transformer.layers.2."),
+        (internlm2, None, "num_hidden_layers", "model.layers.2."),
+        (mgm, "text", "num_hidden_layers", "model.layers.1."),
+        (llava, "text", "num_hidden_layers", "model.layers.1."),
+    ],
+    ids=["visualglm", "internlm2", "mgm", "llava"],
+)
+def test_dumps_of_other_depth_and_seed(
+    tmp_path: Path, case: Any, section: str | None, key: str, layers: str
+) -> None:
+    names = {visualglm: "visualglm", internlm2: "internlm2", mgm: "mgm_gemma", llava: "llava15"}
+    folder = copied_in_short(names[case], tmp_path / "dump")
+    config = json.loads((folder / "config.json").read_text())
+    (config if section is None else config[section])[key] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(5)
+    tensors = load_file(folder / "model.safetensors")
+    changed = {
+        n: t + 0.02 * torch.randn_like(t) for n, t in tensors.items() if not n.startswith(layers)
+    }
+    save_file(changed, folder / "model.safetensors")
+    # The old outputs do not fit ...
+    assert {c.array.rpartition(".")[2] for c in compare_directory(folder).failed} >= {"logits"}
+    for path in folder.glob("io*.npz"):
+        recorder = Recorder(path.name, read_arrays(path))
+        case.compare(folder, config, recorder)
+        np.savez(path, **{n: t.numpy() for n, t in recorder.arrays.items()})
+    # ... and the new ones do, all of them.
+    report = compare_directory(folder)
+    assert not report.failed
+    assert len(report.compared) == {**COMPARED, "mgm_gemma": 29}[names[case]]
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -101,7 +155,7 @@ def test_other_sizes_and_what_is_wrong_in_them(other_size: Path) -> None:
     ],
 )
 def test_one_wrong_weight_is_seen(name: str, key: str, tmp_path: Path) -> None:
-    folder = copied(name, tmp_path / "dump")
+    folder = copied_in_short(name, tmp_path / "dump")
     tensors = load_file(folder / "model.safetensors")
     tensors[key] = tensors[key].flip(0).contiguous()
     save_file(tensors, folder / "model.safetensors")
