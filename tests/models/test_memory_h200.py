@@ -18,6 +18,8 @@ from vistune.models.memory import RowSize, memory_model
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
 from vistune.recipe.schema import ConnectorConfig
 
+pytestmark = pytest.mark.slow
+
 MEASURED = json.loads(
     (Path(__file__).parents[2] / "bench" / "h200" / "measured.json").read_text(encoding="utf-8")
 )

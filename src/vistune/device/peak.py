@@ -49,7 +49,9 @@ def measure_matmul_tflops(device: Device) -> float | None:
 
 
 def free_memory_gib(device: Device) -> float:
-    """Returns the memory that is free on a device now; half of the machine's own for a CPU."""
+    """Returns the memory that is free on a device now; half of the machine's own for others."""
     if device.kind == "cuda":
         return torch.cuda.mem_get_info(device.torch_device)[0] / 2**30
+    if device.kind == "npu":
+        return torch.accelerator.get_memory_info(device.torch_device)[0] / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**31

@@ -14,15 +14,13 @@ driver's context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from vistune import _compat
 from vistune.errors import ModelError
@@ -30,15 +28,15 @@ from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
 from vistune.models.fused.trunk import why_not_fusable
+from vistune.models.kept import kept_slope
 from vistune.models.recompute import decoder_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
-from vistune.recipe.sizes import optimizer_bytes
+from vistune.recipe.sizes import LOGITS_PER_CHUNK, optimizer_bytes
 from vistune.types import ROLES, RoleName
 
 WORKSPACE_BYTES = 96 * 2**20
 """Scratch memory of matrix libraries, held in the same pool."""
-LOGITS_PER_CHUNK = 1 << 26
 _LOGIT_BYTES = 12  # log-probabilities, their gradient and the logits' gradient, fp32 each
 _PROBE_TOKENS = (64, 128)
 _PROBE = "vistune_probe"
@@ -416,7 +414,7 @@ def _counted_bytes(
             inputs_embeds=embeds, attention_mask=None, position_ids=positions, use_cache=False
         )
 
-    kept = _slope(model, run, dtype=dtype, at=_PROBE_TOKENS) / len(layers)
+    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_TOKENS) / len(layers)
     kept += _repeated_bytes(config, dtype=dtype)
     inner = int(getattr(config, "intermediate_size", 4 * width))
     wide = stream.itemsize
@@ -456,72 +454,10 @@ def _image_bytes(model: ComposedVLM, *, dtype: torch.dtype) -> tuple[float, floa
     def run(num_images: int) -> object:
         return model.image_features(torch.zeros(num_images, 3, side, side))
 
-    kept = _slope(model, run, dtype=dtype, at=(1, 2))
+    kept = kept_slope(model, run, dtype=dtype, at=(1, 2))
     positions = (side // grid.patch_px) ** 2 + 1
     config = model.config.vision_config
     width = int(getattr(config, "hidden_size", 1024))
     inner = int(getattr(config, "intermediate_size", 4 * width))
     passing = positions * dtype.itemsize * (4 * width + 3 * inner)
     return pixel_bytes + kept, passing
-
-
-def _slope(
-    model: nn.Module,
-    run: Callable[[int], object],
-    *,
-    dtype: torch.dtype,
-    at: tuple[int, int],
-) -> float:
-    """Bytes kept for each unit of size: what does not grow with it (weights, casts) drops out."""
-    few, many = (kept_bytes(model, run, size, dtype=dtype) for size in at)
-    return (many - few) / (at[1] - at[0])
-
-
-class _Run(nn.Module):
-    """A function of a model as a module, so that the model's weights can be stood in for."""
-
-    def __init__(self, model: nn.Module, run: Callable[[int], object]) -> None:
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self, size: int) -> object:
-        return self.run(size)
-
-
-def kept_bytes(
-    model: nn.Module, run: Callable[[int], object], size: int, *, dtype: torch.dtype
-) -> int:
-    """Counts the bytes autograd keeps in a forward pass, each storage once.
-
-    Args:
-        model: On the meta device, or real; its weights are stood in for by tensors without storage.
-        run: The pass over `size` units; it must use `model`.
-        size: The units.
-        dtype: Format of the arithmetic.
-    """
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    half = dtype is torch.bfloat16
-    wrapped = _Run(model, run)
-    with FakeTensorMode():
-        named = (*wrapped.named_parameters(), *wrapped.named_buffers())
-        tensors = {
-            name: torch.empty(
-                tuple(t.shape), dtype=t.dtype, device="cpu", requires_grad=t.requires_grad
-            )
-            for name, t in named
-        }
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
-            torch.enable_grad(),
-        ):
-            result = functional_call(wrapped, tensors, (size,))
-        total = sum(int(storage.nbytes()) for storage in storages.values())
-        del result
-    return total

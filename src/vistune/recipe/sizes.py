@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from vistune.recipe.schema import TrainConfig
 
+LOGITS_PER_CHUNK = 1 << 26
+"""Logits held at once: 256 MiB in float32. With a vocabulary of 32,000 that is 2,097 targets."""
+
 
 def optimizer_bytes(count: int, optimizer: str) -> int:
     """Returns the bytes of AdamW's two moments for `count` trained weights.

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 1 << 26
-"""Logits held at once: 256 MiB in float32. With a vocabulary of 32,000 that is 2,097 targets."""
-
 
 def target_nll(
     hidden_MD: torch.Tensor,

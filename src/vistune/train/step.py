@@ -16,7 +16,8 @@ from torch import nn
 
 from vistune.data.collate import tail_of
 from vistune.parallel import Strategy
-from vistune.train.loss import LOGITS_PER_CHUNK, target_nll
+from vistune.recipe.sizes import LOGITS_PER_CHUNK
+from vistune.train.loss import target_nll
 from vistune.types import Batch, Tail
 
 
