@@ -14,13 +14,14 @@ import pytest
 from data_helpers import make_encoder, make_images, make_plan, talk, write_rows
 from PIL import Image
 
+from vistune.data.cache import file_mark
 from vistune.data.check import check_sources
 from vistune.data.formats import open_source
 from vistune.data.index import RowColumns, RowScan, SourceIndex, index_source
 from vistune.data.index import build as building
 from vistune.data.index import open as opening
 from vistune.data.index.build import Build
-from vistune.data.index.key import file_mark, source_key
+from vistune.data.index.key import source_key
 from vistune.data.index.scan import look_of
 from vistune.errors import DataError
 from vistune.recipe import SourceConfig

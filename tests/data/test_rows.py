@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -139,3 +140,29 @@ def test_rows_survive_pickling(tmp_path: Path) -> None:
     path.write_text(json.dumps(TRICKY))
     rows = pickle.loads(pickle.dumps(index_rows(path)))
     assert [rows.parse(k) for k in range(len(rows))] == TRICKY
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+def test_places_in_a_large_file_are_kept(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_BYTES_WORTH_KEEPING", 1)
+    path = tmp_path / name
+    lines = [json.dumps({"k": k}).encode() for k in range(9)]
+
+    def write(lines: list[bytes]) -> None:
+        path.write_bytes(b"[" + b",".join(lines) + b"]" if name == "f.json" else b"\n".join(lines))
+
+    write(lines)
+    first = index_rows(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_found_rows", None)
+        again = index_rows(path)
+    for rows in (first, again, pickle.loads(pickle.dumps(again))):
+        assert [rows.parse(k) for k in range(len(rows))] == [{"k": k} for k in range(9)]
+        assert rows.where(8) == first.where(8)
+    assert isinstance(again.starts, np.memmap)
+    assert len(index_rows(path, max_rows=3)) == 3
+    write([b'{"k": 100}', *lines])
+    assert index_rows(path).parse(0) == {"k": 100}

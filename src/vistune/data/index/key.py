@@ -11,16 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vistune.data.cache import file_mark
 from vistune.data.encode import Encoder
 from vistune.recipe import SourceConfig
 
 _LAYOUT = 1
 """Raised when what stands in an index changes."""
-_BLOCK_BYTES, _NUM_BLOCKS = 4_096, 64
 
 
 def source_key(source: SourceConfig, encoder: Encoder, *, deep: bool) -> str:
@@ -57,38 +56,3 @@ def tokenizer_mark(tokenizer: Any) -> str:
     state = tokenizer.backend_tokenizer.to_str()
     special = sorted(map(str, tokenizer.all_special_tokens))
     return hashlib.blake2b(f"{state}\0{special}".encode(), digest_size=16).hexdigest()
-
-
-def file_mark(path: Path) -> list[Any]:
-    """Returns what tells a file's content from another's; of a folder, that of all its files.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    if not path.is_dir():
-        return _file(path)
-    marks = [[os.path.relpath(name, path), *_times(Path(name))] for name in sorted(_files(path))]
-    return [len(marks), short_hash(marks)]
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for root, _, names in os.walk(folder):
-        yield from (os.path.join(root, name) for name in names)  # noqa: PTH118 - by the million
-
-
-def _times(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _file(path: Path) -> list[Any]:
-    size, changed = _times(path)
-    seen = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for k in range(_NUM_BLOCKS):
-            at = max(0, size - _BLOCK_BYTES) * k // (_NUM_BLOCKS - 1)
-            file.seek(at)
-            seen.update(file.read(_BLOCK_BYTES))
-            if size <= _BLOCK_BYTES:
-                break
-    return [size, changed, seen.hexdigest()]
