@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -156,6 +157,13 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         load(ref(tmp_path / "f.tiff"), make_plan())
     assert caught.value.reason == "image_mode_unsupported"
+
+
+@pytest.mark.parametrize("read", [probe, load])
+def test_a_pipe_is_refused_instead_of_waited_for(read, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="this is a pipe"):
+        read(ref(tmp_path / "pipe.png"), make_plan())
 
 
 def png_header(width: int, height: int) -> bytes:

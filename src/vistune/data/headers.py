@@ -8,12 +8,11 @@ accepts a file that `probe` would refuse, nor says another size.
 from __future__ import annotations
 
 import os
-import stat
 import zlib
 from pathlib import Path
 
 from vistune.data.image import ImagePlan, probe
-from vistune.errors import ImageError
+from vistune.data.image_file import require_file
 from vistune.types import ImageRef
 
 _HEAD_BYTES = 4_096
@@ -134,7 +133,7 @@ class Sizes:
             return size
         size = plain_size(image.path)
         if size is None:
-            _require_file(image)
+            require_file(image)
             size = probe(image, self._plan)
         else:
             self._plan.check_size(*size, name=image.name)
@@ -142,18 +141,3 @@ class Sizes:
             self._known.clear()
         self._known[image.path] = size
         return size
-
-
-def _require_file(image: ImageRef) -> None:
-    # Opening a pipe would wait for ever, a device might.
-    try:
-        mode = image.path.stat().st_mode
-    except (OSError, ValueError):
-        return  # `probe` says what is wrong
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ImageError(
-            "this is a pipe, a device or a socket, not an image",
-            reason="image_unreadable",
-            where=image.name,
-            fix="replace the file",
-        )

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field
 
-from vistune.data.image_file import open_bytes
+from vistune.data.image_file import open_bytes, require_file
 from vistune.data.vector import VECTOR_FILTERS, normalised, squared
 from vistune.errors import DataError, ImageError
 from vistune.recipe import ImageConfig, Section
@@ -330,6 +330,8 @@ def _open(ref: ImageRef) -> Image.Image:
     try:
         # Pillow closes what it opened itself; other files close with their last reference.
         is_file = ref.content is None and ref.span is None
+        if is_file:
+            require_file(ref)
         opened = Image.open(ref.path if is_file else open_bytes(ref), formats=_FORMATS)
     except FileNotFoundError as error:
         raise ImageError(

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from typing import IO
 
+from vistune.errors import ImageError
 from vistune.types import ImageRef
+
+
+def require_file(image: ImageRef) -> None:
+    """Refuses what cannot be opened without waiting: opening a pipe waits for ever, a device may.
+
+    Args:
+        image: The image; nothing is said when it is not there.
+
+    Raises:
+        ImageError: It is a pipe, a device or a socket.
+    """
+    try:
+        mode = image.path.stat().st_mode
+    except (OSError, ValueError):
+        return  # opening it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ImageError(
+            "this is a pipe, a device or a socket, not an image",
+            reason="image_unreadable",
+            where=image.name,
+            fix="replace the file",
+        )
 
 
 def open_bytes(ref: ImageRef) -> IO[bytes]:
