@@ -81,7 +81,7 @@ class TokenCounter:
             try:
                 return self._count(self._words, stretches, sizes)
             except UncleanError:
-                pass  # a text word counts cannot be trusted with: tokenised in full below, and counted
+                pass  # word counts cannot be trusted with this text: it is tokenised below
         self.num_tokenised += 1
         tokens = self._encoder.tokenise_turns(turns, sizes)
         image_tokens = tokens.num_image_tokens
