@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vistune.checkpoint.layouts.cogvlm2 import write_cogvlm2
 from vistune.cli import main
-from vistune.compare import compare_directory
-from vistune.compare.parity import TOLERANCE, internlm2, llava, mgm, visualglm
+from vistune.compare.parity import TOLERANCE, compare_directory, internlm2, llava, mgm, visualglm
 from vistune.compare.parity.ledger import Ledger, read_arrays, relative_error
 from vistune.errors import CheckpointError, WeightsError
 from vistune.models.cogvlm2 import CogVLM2Config, CogVLM2ForConditionalGeneration

@@ -1,5 +1,8 @@
-"""Compares a model here with the numbers that another implementation of it left behind."""
+"""Compares runs with each other, and models here with the numbers other implementations left.
 
-from vistune.compare.parity import Check, ParityReport, compare_directory
+Importing this package imports nothing heavy; `vistune.compare.parity` needs torch.
+"""
 
-__all__ = ["Check", "ParityReport", "compare_directory"]
+from vistune.compare.curves import CurveComparison, CurvePoint, compare_runs, read_curve
+
+__all__ = ["CurveComparison", "CurvePoint", "compare_runs", "read_curve"]
