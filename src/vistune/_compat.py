@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
     "Decoding",
+    "apply_exactly",
     "assert_on_device",
     "computed_buffers",
     "decoder_of",
@@ -80,6 +81,24 @@ def computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
+def apply_exactly(model: nn.Module, apply: Callable[[], object]) -> None:
+    """Moves or casts a model, but leaves tables such as rotary frequencies in their precision.
+
+    Loading in 16 bit keeps them exact and casting would not: the same model would then answer
+    differently, the more so the longer the text.
+
+    Args:
+        model: The model.
+        apply: Moves or casts it.
+    """
+    exact = computed_buffers(model)
+    apply()
+    for module, name, table in exact:
+        moved = module.get_buffer(name)
+        if moved.dtype is not table.dtype:
+            module.register_buffer(name, table.to(moved.device), persistent=False)
+
+
 def set_recompute(layer: nn.Module, *, on: bool) -> bool:
     """Turns activation checkpointing of one decoder layer on or off.
 
@@ -108,7 +127,7 @@ class Decoding:
         model: A model with `GenerationMixin`.
         input_ids_BT: int64 [B, T].
         attention_mask_BT: int64 [B, T], 0 on padding.
-        pixel_values: Images in reading order, or None.
+        image_inputs: What the model's forward pass is given for the images.
     """
 
     def __init__(
@@ -117,14 +136,14 @@ class Decoding:
         *,
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor,
-        pixel_values: Tensor | None,
+        image_inputs: dict[str, Any],
     ) -> None:
         self._model = model
         self._ids_BT = input_ids_BT
         self._first = True
         self._kwargs: dict[str, Any] = {
             "attention_mask": attention_mask_BT,
-            "pixel_values": pixel_values,
+            **image_inputs,
             "use_cache": True,
             "logits_to_keep": 1,
         }
@@ -172,10 +191,11 @@ def varlen_attention(
     max_seqlen: int,
     scale: float | None,
     window: int | None,
+    causal: bool = True,
     cu_queries: Tensor | None = None,
     max_queries: int | None = None,
 ) -> Tensor:
-    """Causal attention within each sample of a packed row, by torch's flash kernel (CUDA, 16 bit).
+    """Attention within each sample of a packed row, by torch's flash kernel (CUDA, 16 bit).
 
     Torch 2.13 takes grouped key heads; before it they are repeated here. The shim can go with
     torch 2.12.
@@ -188,6 +208,7 @@ def varlen_attention(
         max_seqlen: Tokens of the longest sample.
         scale: Factor on the scores.
         window: Positions a token sees, itself included; None for all before it.
+        causal: Whether a position sees only itself and what is before it.
         cu_queries: int32 [S + 1], when there are queries for the last positions of each sample
             only; they are aligned to the sample's end.
         max_queries: Queries of the sample with most of them.
@@ -213,7 +234,7 @@ def varlen_attention(
         max_seqlen if max_queries is None else max_queries,
         max_seqlen,
         scale=scale,
-        window_size=(left, 0),
+        window_size=(left, 0 if causal else -1),
         **extra,
     )
     assert isinstance(out, Tensor)

@@ -19,12 +19,13 @@ from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
+from vistune.data.layout import ImageLayout, load_layout
 from vistune.data.template import resolve_template
-from vistune.errors import CheckpointError
+from vistune.errors import CheckpointError, DataError
 from vistune.models.build import build_model
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, load_trainable
-from vistune.recipe import DataConfig, ModelConfig, Recipe, TuneConfig
+from vistune.recipe import DataConfig, ImageConfig, ModelConfig, Recipe, TuneConfig
 from vistune.types import ImageDefaults
 
 if TYPE_CHECKING:
@@ -116,12 +117,45 @@ def _encoder(
         data = data.model_copy(update={"template": facts.template})
     return Encoder(
         tokenizer=facts.tokenizer,
-        template=template or resolve_template(data.template, facts.tokenizer),
+        template=template
+        or resolve_template(data.template, facts.tokenizer, image_marks=facts.image_marks),
         image_plan=ImagePlan.resolve(data.image, defaults),
         grid=facts.grid,
         image_token_id=facts.image_token_id,
         system=system,
+        layout=_layout(data.image, facts, before),
     )
+
+
+def _layout(config: ImageConfig, facts: ModelFacts, before: Encoder | None) -> ImageLayout | None:
+    """Returns how images become tokens where they keep their shape; `auto` is what is inherited.
+
+    Raises:
+        DataError: The recipe sets a value that has no effect on this model's images.
+    """
+    layout = before.layout if before is not None else None
+    if layout is None and facts.layout is not None:
+        layout = load_layout(facts.layout)
+    if layout is None:
+        if config.max_tokens != "auto":
+            raise DataError(
+                "this model makes every image one square of the same size",
+                where="data.image.max_tokens",
+                got=config.max_tokens,
+                fix="data.image.max_tokens=auto; data.image.size_px sets the side",
+            )
+        return None
+    fixed = {"mode", "size_px", "mean", "std", "resample"}
+    wrong = [key for key in sorted(fixed) if getattr(config, key) != "auto"]
+    if config.decode != "exact":
+        wrong.append("decode")
+    if wrong:
+        raise DataError(
+            "this model takes images at their own shape, as its public processor prepares them",
+            where=", ".join(f"data.image.{key}" for key in wrong),
+            fix="leave these out; data.image.max_tokens bounds the size of an image",
+        )
+    return layout if config.max_tokens == "auto" else layout.limited(config.max_tokens)
 
 
 def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:

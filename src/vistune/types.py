@@ -3,6 +3,7 @@
 Shape suffixes used on tensors in models, loss and batches (the one legend):
 
     B batch (1 for a packed row)   T tokens     D model width    V vocabulary   H heads
+    A axes of a position (one, or time, row and column)
     N images                       P patches    K image tokens   M target tokens
     S samples in a row             C channels   Y, X pixel rows and columns
     U positions at which the last layer is read
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,8 @@ ROLES: tuple[RoleName, ...] = ("vision", "connector", "language", "head")
 
 RoleName: TypeAlias = Literal["vision", "connector", "language", "head"]
 Speaker: TypeAlias = Literal["system", "user", "assistant"]
+ImageShape: TypeAlias = tuple[int, ...]
+"""What a model is told of an image beside its pixels; the layout says what they mean."""
 Part: TypeAlias = str | int
 """A piece of a turn: text, or the index of an image in `Sample.images`."""
 
@@ -160,8 +163,11 @@ class EncodedSample:
         source: Name of the data source.
         input_ids: int64 [T]; every image stands as a run of `image_token_id`.
         target_mask: bool [T]; True where the token is one the model must learn to say.
-        pixel_values: Preprocessed images in order, each float32 [3, Y, X].
-        num_image_tokens: Image tokens among the ids.
+        pixel_values: Preprocessed images in order, each float32 [3, Y, X]; with an image layout
+            each has one more axis in front, of the inputs an image becomes.
+        num_image_tokens: Tokens that stand for images, marks around and between them included.
+        image_shapes: Of each image, by an image layout; empty without one.
+        position_ids: int64 [A, T] where an image layout counts positions in its own way.
     """
 
     id: str
@@ -170,6 +176,8 @@ class EncodedSample:
     target_mask: npt.NDArray[np.bool_]
     pixel_values: list[npt.NDArray[np.float32]] = field(default_factory=list)
     num_image_tokens: int = 0
+    image_shapes: tuple[ImageShape, ...] = ()
+    position_ids: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(slots=True)
@@ -207,18 +215,21 @@ class Batch:
 
     Args:
         input_ids_BT: int64 [1, T].
-        position_ids_BT: int64 [1, T]; restarts at 0 with every sample.
+        position_ids_BT: int64 [1, T]; restarts at 0 with every sample. [A, 1, T] for a model whose
+            positions have several axes.
         cu_seqlens: int32 [S + 1]; sample s covers positions cu_seqlens[s] to cu_seqlens[s + 1].
         max_seqlen: Length of the longest sample.
         target_index_M: int64 [M]; positions in T whose next token is a target.
         target_ids_M: int64 [M]; those tokens.
         target_sample_M: int64 [M]; the sample (0..S-1) each target belongs to.
-        pixel_values_NCYX: float32 [N, 3, Y, X], or None when the row has no image.
+        pixel_values_NCYX: float32 [N, 3, Y, X], or None when the row has no image. With an image
+            layout: what its images become, end to end on the first axis.
         sample_ids: Ids of the S samples.
         sources: Source name of each of the S samples.
         num_image_tokens: Image tokens in the row.
         rejected: Samples planned for this row that could not be read.
         read_s: Seconds the worker spent making this row.
+        image_shapes: Of each image, by an image layout; empty without one.
     """
 
     input_ids_BT: torch.Tensor
@@ -234,6 +245,7 @@ class Batch:
     num_image_tokens: int
     rejected: tuple[Rejected, ...] = ()
     read_s: float = 0.0
+    image_shapes: tuple[ImageShape, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -266,6 +278,19 @@ class Batch:
         if self.pixel_values_NCYX is not None:
             named["pixel_values_NCYX"] = self.pixel_values_NCYX
         return named
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Returns what a model is given, by argument of `VisionLanguageModel.hidden_states`."""
+        inputs: dict[str, Any] = {
+            "input_ids_BT": self.input_ids_BT,
+            "position_ids_BT": self.position_ids_BT,
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "pixel_values_NCYX": self.pixel_values_NCYX,
+        }
+        if self.image_shapes:
+            inputs["image_shapes"] = self.image_shapes
+        return inputs
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """Returns the row with its tensors on `device`."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vistune.data.image import ImageLike, ImagePlan, full_size, load, probe
+from vistune.data.layout import ImageLayout, load_layout
 from vistune.data.template import ChatTemplate, Segment, load_template
 from vistune.data.tokens import (
     Overlong,
@@ -51,6 +52,8 @@ class Encoder:
         grid: How many tokens an image becomes.
         image_token_id: The id that stands for an image's tokens.
         system: System prompt; the template's default when None, none at all when empty.
+        layout: How an image becomes tokens and tower inputs, where that is not one square of
+            `image_plan`, which then only says how files are read.
 
     Raises:
         TemplateError: The tokenizer cannot say where its tokens stand, or does not hold one of the
@@ -64,6 +67,7 @@ class Encoder:
     grid: VisionGrid
     image_token_id: int
     system: str | None = None
+    layout: ImageLayout | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -82,7 +86,7 @@ class Encoder:
                     fix="name the template the language model was trained with, or `tokenizer`",
                 )
         fixed, side = self.grid.fixed_size_px, self.image_plan.size_px
-        if fixed is not None and fixed != side:
+        if self.layout is None and fixed is not None and fixed != side:
             raise DataError(
                 "the vision tower takes images of one size only",
                 where="data.image.size_px",
@@ -148,15 +152,42 @@ class Encoder:
             raise error.at(_place(sample)) from error
         if tokens.image_scale != 1:
             images = [_scaled(image, tokens.image_scale) for image in images]
-        pixels = [self.image_plan.apply(images[i]) for i in tokens.image_order if with_pixels]
         return EncodedSample(
             id=sample.id,
             source=sample.source,
             input_ids=tokens.ids,
             target_mask=tokens.mask,
-            pixel_values=pixels,
+            pixel_values=[self.pixels(images[i]) for i in tokens.image_order if with_pixels],
             num_image_tokens=tokens.num_image_tokens,
+            **self._told(tokens, [_scaled_size(size, tokens.image_scale) for size in sizes]),
         )
+
+    def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """Returns the tower's input for a loaded image; see `EncodedSample.pixel_values`."""
+        return self.image_plan.apply(image) if self.layout is None else self.layout.pixels(image)
+
+    @property
+    def image_bytes(self) -> int:
+        """About how many bytes the tower's input for an image is: float32 in three channels."""
+        if self.layout is None:
+            return 12 * self.image_plan.size_px**2
+        return 4 * self.pixels(Image.new("RGB", (1024, 768))).size
+
+    def pictures(self, image: Image.Image) -> list[Image.Image]:
+        """Returns what the tower sees of a loaded image, for a person to look at."""
+        if self.layout is None:
+            return [self.image_plan.to_square(image)]
+        return self.layout.pictures(image)
+
+    def _told(self, tokens: Tokens, sizes: Sequence[Size]) -> dict[str, Any]:
+        # What a model is told beside ids and pixels: nothing, where every image is one square.
+        if self.layout is None:
+            return {}
+        shapes = tuple(self.layout.shape(*sizes[i]) for i in tokens.image_order)
+        return {
+            "image_shapes": shapes,
+            "position_ids": self.layout.positions(tokens.ids, shapes),
+        }
 
     def fitted(
         self, turns: Sequence[Turn], sizes: Sequence[Size], *, max_tokens: int, overlong: Overlong
@@ -191,10 +222,10 @@ class Encoder:
         Raises:
             DataError: Images are to be shrunk, and the model takes them in one size only.
         """
-        one = self.image_plan.size_for(64, 640)
-        if overlong == "shrink_image" and one == self.image_plan.size_for(640, 640):
+        one = self._image_tokens(64, 640)
+        if overlong == "shrink_image" and one == self._image_tokens(640, 1280):
             raise DataError(
-                f"every image becomes {self.grid.num_tokens(*one):,} tokens whatever its size, so"
+                f"every image becomes {one:,} tokens whatever its size, so"
                 " shrinking it would save nothing",
                 where="data.overlong",
                 got="shrink_image",
@@ -248,8 +279,9 @@ class Encoder:
             source="",
             input_ids=tokens.ids,
             target_mask=np.zeros(tokens.ids.size, dtype=np.bool_),
-            pixel_values=[self.image_plan.apply(loaded[i]) for i in tokens.image_order],
+            pixel_values=[self.pixels(loaded[i]) for i in tokens.image_order],
             num_image_tokens=tokens.num_image_tokens,
+            **self._told(tokens, sizes),
         )
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
@@ -286,6 +318,7 @@ class Encoder:
             "grid": asdict(self.grid),
             "image_token_id": self.image_token_id,
             "system": self.system,
+            "layout": None if self.layout is None else self.layout.model_dump(mode="json"),
         }
 
     @classmethod
@@ -303,6 +336,7 @@ class Encoder:
             grid=VisionGrid(**state["grid"]),
             image_token_id=state["image_token_id"],
             system=state["system"],
+            layout=None if state.get("layout") is None else load_layout(state["layout"]),
         )
 
     # --- tokens -----------------------------------------------------------------------------
@@ -343,13 +377,13 @@ class Encoder:
                 continue
             for segment in run:
                 assert segment.image is not None
-                number = self.num_image_tokens(segment.image, sizes)
+                block = self._block(segment.image, sizes)
                 starts.append(position)
-                lengths.append(number)
+                lengths.append(block.size)
                 order.append(segment.image)
-                ids.append(np.full(number, self.image_token_id, dtype=np.int64))
-                masks.append(np.zeros(number, dtype=np.bool_))
-                position += number
+                ids.append(block)
+                masks.append(np.zeros(block.size, dtype=np.bool_))
+                position += block.size
         return Tokens(
             ids=np.concatenate(ids),
             mask=np.concatenate(masks),
@@ -368,13 +402,18 @@ class Encoder:
         Raises:
             RowError: There is no such image.
         """
-        if image >= len(sizes):
-            raise RowError(
-                f"the text speaks of image {image + 1} of {len(sizes)}",
-                reason="image_count_mismatch",
-                fix="give as many images as <image> stands in the text",
-            )
-        return self.grid.num_tokens(*self.image_plan.size_for(*sizes[image]))
+        return self._image_tokens(*_size_of(image, sizes))
+
+    def _image_tokens(self, height: int, width: int) -> int:
+        if self.layout is not None:
+            return self.layout.num_tokens(height, width)
+        return self.grid.num_tokens(*self.image_plan.size_for(height, width))
+
+    def _block(self, image: int, sizes: Sequence[Size]) -> npt.NDArray[np.int64]:
+        size = _size_of(image, sizes)
+        if self.layout is not None:
+            return self.layout.block(*size)
+        return np.full(self._image_tokens(*size), self.image_token_id, dtype=np.int64)
 
     def tokenise_text(
         self, run: Sequence[Segment]
@@ -452,6 +491,16 @@ class Encoder:
             chars += max(sorted(counts), key=lambda char: counts[char])
             rest = [text for text in rest if chars[-1] not in text]
         return chars
+
+
+def _size_of(image: int, sizes: Sequence[Size]) -> Size:
+    if image >= len(sizes):
+        raise RowError(
+            f"the text speaks of image {image + 1} of {len(sizes)}",
+            reason="image_count_mismatch",
+            fix="give as many images as <image> stands in the text",
+        )
+    return sizes[image]
 
 
 def _scaled_size(size: Size, scale: float) -> Size:

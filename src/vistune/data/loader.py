@@ -314,7 +314,7 @@ class TrainData:
         plan = self._plan(0)
         rows, samples = plan.max_rows, plan.max_samples
         images = samples * self.report.num_images / self.report.num_ok
-        row_bytes = 12 * self.encoder.image_plan.size_px**2 * images / rows  # float32, 3 channels
+        row_bytes = self.encoder.image_bytes * images / rows
         room = min(rows * 1.5, _PREFETCH_ROWS)
         if row_bytes and _SHARED_MEMORY.is_dir():
             room = min(room, shutil.disk_usage(_SHARED_MEMORY).free / 2 / row_bytes)

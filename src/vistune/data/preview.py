@@ -114,7 +114,7 @@ def preview_sample(
     return Preview(
         sample=sample,
         pieces=tuple(_pieces(encoder, tokens)),
-        images=tuple(encoder.image_plan.to_square(image) for image in images),
+        images=tuple(picture for image in images for picture in encoder.pictures(image)),
         num_tokens=int(tokens.ids.size),
         num_image_tokens=tokens.num_image_tokens,
         num_targets=int(tokens.mask[1:].sum()),

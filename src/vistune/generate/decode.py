@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistune import _compat
+from vistune.data.collate import stack_pixels
 from vistune.data.encode import Encoder
 from vistune.errors import ModelError
-from vistune.types import EncodedSample, ImageRef, Turn
+from vistune.types import EncodedSample, ImageRef, ImageShape, Turn
 
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 
@@ -39,6 +40,20 @@ class AnsweringModel(Protocol):
 
     def train(self, mode: bool = True) -> Any:
         """Switches between training and evaluation."""
+        ...
+
+
+class LaidOutModel(Protocol):
+    """What decoding needs besides where an image layout makes the images' tokens."""
+
+    def generation_inputs(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        pixel_values: Tensor | None,
+        image_shapes: tuple[ImageShape, ...],
+    ) -> dict[str, Any]:
+        """Returns what the forward pass is given for the images of a batch of prompts."""
         ...
 
 
@@ -245,10 +260,16 @@ def _steps(
     first = next(model.parameters())
     device = first.device
     ids_BT, mask_BT = _left_padded([sample.input_ids for sample in encoded], device)
-    pixels = [image for sample in encoded for image in sample.pixel_values]
-    pixel_values = torch.from_numpy(np.stack(pixels)).to(device) if pixels else None
+    pixel_values = stack_pixels(encoded)
+    pixel_values = None if pixel_values is None else pixel_values.to(device)
+    shapes = tuple(shape for sample in encoded for shape in sample.image_shapes)
+    inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    if shapes:
+        inputs = cast(LaidOutModel, model).generation_inputs(
+            input_ids_BT=ids_BT, pixel_values=pixel_values, image_shapes=shapes
+        )
     decoding = _compat.Decoding(
-        model, input_ids_BT=ids_BT, attention_mask_BT=mask_BT, pixel_values=pixel_values
+        model, input_ids_BT=ids_BT, attention_mask_BT=mask_BT, image_inputs=inputs
     )
     choice: _Choice | None = None
     training = model.training

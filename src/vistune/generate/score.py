@@ -52,13 +52,7 @@ def score_choices(
     answering.train(False)
     try:
         with one_dtype(answering, device):
-            hidden = model.hidden_states(
-                input_ids_BT=row.input_ids_BT,
-                position_ids_BT=row.position_ids_BT,
-                cu_seqlens=row.cu_seqlens,
-                max_seqlen=row.max_seqlen,
-                pixel_values_NCYX=row.pixel_values_NCYX,
-            )
+            hidden = model.hidden_states(**row.model_inputs())
             logits_MV = model.logits(hidden[0, row.target_index_M]).float()
     finally:
         answering.train(training)

@@ -186,17 +186,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedVLM:
-        """Moves and casts the model, but leaves tables such as rotary frequencies in fp32.
-
-        Loading in 16 bit keeps them exact and casting would not: the same model would then answer
-        differently, the more so the longer the text.
-        """
-        exact = _compat.computed_buffers(self)
-        super()._apply(fn, recurse)
-        for module, name, table in exact:
-            moved = module.get_buffer(name)
-            if moved.dtype is not table.dtype:
-                module.register_buffer(name, table.to(moved.device), persistent=False)
+        """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
+        _compat.apply_exactly(self, lambda: super(ComposedVLM, self)._apply(fn, recurse))
         return self
 
     @property

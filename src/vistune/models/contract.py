@@ -100,6 +100,9 @@ class VisionLanguageModel(Protocol):
 
         Returns:
             [1, T, D].
+
+        A model whose images come by an image layout takes one more argument, `image_shapes`: what
+        the layout says of every image (`types.Batch.image_shapes`), left out when there is none.
         """
         ...
 

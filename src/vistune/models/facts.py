@@ -35,6 +35,11 @@ class ModelFacts:
         text_config: Config of the language model.
         tower: Which part of the encoder is used; None for a model of a family, which is whole.
         template: Template that `data.template=auto` stands for; `auto` for the tokenizer's own.
+        layout: How images of any size become tokens, as values of `data.layout`; None where every
+            image becomes one square of `image_defaults`.
+        image_marks: What the tokenizer's own chat template writes for an image part, and the text
+            to put in front of and behind an image's tokens in its stead. None for a template of
+            text alone.
     """
 
     tokenizer: Any
@@ -45,6 +50,8 @@ class ModelFacts:
     text_config: Any
     tower: TowerPlan | None
     template: str = "auto"
+    layout: dict[str, Any] | None = None
+    image_marks: tuple[str, str, str] | None = None
 
 
 def describe(config: ModelConfig) -> ModelFacts:

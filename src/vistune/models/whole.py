@@ -1,4 +1,4 @@
-"""The type of a whole vision-language model: composed from parts, or one of the families.
+"""The type of a whole vision-language model: composed from parts, one of the families, or of transformers.
 
 Only annotations need it; what the engines ask of a model is `models.contract`.
 """
@@ -10,6 +10,7 @@ from typing import TypeAlias
 from vistune.models.cogvlm2 import CogVLM2ForConditionalGeneration
 from vistune.models.compose import ComposedVLM
 from vistune.models.mgm import MGMForConditionalGeneration
+from vistune.models.native.model import NativeVLM
 from vistune.models.visualglm import VisualGLMForConditionalGeneration
 
 FamilyModel: TypeAlias = (
@@ -19,5 +20,5 @@ FamilyModel: TypeAlias = (
 )
 """A model of a family, whole as it was published."""
 
-WholeModel: TypeAlias = ComposedVLM | FamilyModel
+WholeModel: TypeAlias = ComposedVLM | FamilyModel | NativeVLM
 """Any model that vistune trains."""

@@ -266,6 +266,9 @@ class ImageConfig(Section):
     """Per-channel standard deviation on pixels in [0, 1]."""
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = "auto"
     """Filter of the resize."""
+    max_tokens: PositiveInt | Auto = "auto"
+    """Most tokens one image may become, for models that take images at their own shape; larger
+    ones are shrunk or cut into fewer tiles. `auto`: as the model's processor says."""
     max_pixels: PositiveInt = 178_956_970
     """Images with more pixels than this are refused before they are decoded."""
     decode: Literal["exact", "fast", "scaled"] = "exact"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -92,13 +92,7 @@ class LossModule(nn.Module):
             and the same per source (float32, without graph).
         """
         model: TrainableModel = self.model  # type: ignore[assignment]
-        inputs: dict[str, Any] = {
-            "input_ids_BT": row.input_ids_BT,
-            "position_ids_BT": row.position_ids_BT,
-            "cu_seqlens": row.cu_seqlens,
-            "max_seqlen": row.max_seqlen,
-            "pixel_values_NCYX": row.pixel_values_NCYX,
-        }
+        inputs = row.model_inputs()
         if tail is not None:
             hidden_MD = model.target_states(**inputs, tail=tail)
             return self._loss(hidden_MD, row, source_of_target_M)

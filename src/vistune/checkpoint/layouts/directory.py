@@ -1,7 +1,7 @@
 """Reads a directory that holds a whole model, whatever its layout or name.
 
-Known are vistune's own layout, transformers' LLaVA, the original LLaVA, and the families of
-`vistune.models.families` in their public layouts.
+Known are vistune's own layout, transformers' LLaVA, the original LLaVA, the families of
+`vistune.models.families` in their public layouts, and transformers' own vision-language models.
 """
 
 from __future__ import annotations
@@ -69,9 +69,12 @@ def layout_of(folder: Path) -> Layout:
         if layout.matches(values):
             return layout
     # The families' classes cost a second to import, which most runs need not wait for.
+    from vistune.checkpoint.layouts import native
     from vistune.checkpoint.layouts.family_model import own_layout, public_layout
     from vistune.models.families import FAMILIES
 
+    if native.matches(values):
+        return native
     found = own_layout(values) or public_layout(folder)
     if found is not None:
         return found
@@ -79,7 +82,7 @@ def layout_of(folder: Path) -> Layout:
         "this is no vision-language model of a layout that vistune reads",
         where=str(file),
         got=f"model_type {values.get('model_type')}, architectures {values.get('architectures')}",
-        expected=", ".join([*(layout.NAME for layout in LAYOUTS), *FAMILIES]),
+        expected=", ".join([*(layout.NAME for layout in LAYOUTS), *FAMILIES, *native.NAMES]),
         fix="name its parts instead: model.vision_tower.path and model.language_model.path",
     )
 

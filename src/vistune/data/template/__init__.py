@@ -34,19 +34,24 @@ _KINDS: dict[str, type[ChatTemplate]] = {
 }
 
 
-def resolve_template(name: str, tokenizer: Any) -> ChatTemplate:
+def resolve_template(
+    name: str, tokenizer: Any, *, image_marks: tuple[str, str, str] | None = None
+) -> ChatTemplate:
     """Returns the template a recipe names.
 
     Args:
         name: A name of `TEMPLATES`, or `tokenizer` or `auto` for the tokenizer's own.
         tokenizer: A transformers tokenizer.
+        image_marks: What its own template writes for an image part, and what is put in front of
+            and behind an image's tokens in its stead; None for a template of text alone.
 
     Raises:
         RegistryError: No template has that name.
         TemplateError: The tokenizer has no template of its own.
     """
     if name in ("auto", "tokenizer"):
-        return template_of(tokenizer)
+        text, before, behind = image_marks or ("", "", "")
+        return template_of(tokenizer, image_text=text, image_open=before, image_close=behind)
     return TEMPLATES.get(name)
 
 

@@ -13,6 +13,7 @@ This module renders with jinja2 in its sandbox and does not need transformers.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ class JinjaTemplate(ChatTemplate):
     """Every special token of the tokenizer; the first one behind an answer ends it."""
     add_bos: bool = False
     """The template writes the begin-of-text itself."""
+    image_text: str = ""
+    """What the template writes where a message has an image part; empty for a template of text
+    alone, where images stand in the text."""
+    image_open: str = ""
+    """Text put in front of an image's tokens, to be tokenised with what stands before it."""
+    image_close: str = ""
+    """Text put behind them."""
 
     def segments(
         self,
@@ -62,6 +70,13 @@ class JinjaTemplate(ChatTemplate):
         messages = [] if not prompt else [{"role": "system", "content": prompt}]
         messages += [{"role": turn.speaker, "content": _content(turn)} for turn in rest]
         for message in messages:
+            if self.image_text and self.image_text in message["content"]:
+                raise RowError(
+                    "the text spells what stands for an image",
+                    reason="image_token_in_text",
+                    got=self.image_text,
+                    fix="take it out of the text",
+                )
             if _FORBIDDEN.search(_IMAGE.sub("", message["content"])):
                 raise RowError(
                     "the text holds a private-use character (U+E0F0 to U+E0F3)",
@@ -122,9 +137,13 @@ class JinjaTemplate(ChatTemplate):
         return min(ends)
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        images = [number for m in messages for number in _IMAGE.findall(m["content"])]
+        given: Sequence[dict[str, Any]] = messages
+        if self.image_text:
+            given = [{**m, "content": _parts(m["content"])} for m in messages]
         try:
-            return _compiled(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            text = _compiled(self.source).render(
+                messages=given, add_generation_prompt=add_generation_prompt, **self.variables
             )
         except jinja2.TemplateError as error:
             raise RowError(
@@ -132,6 +151,15 @@ class JinjaTemplate(ChatTemplate):
                 reason="template_refused",
                 fix="choose a named data.template, or mend the row",
             ) from error
+        return self._marked(text, images) if self.image_text else text
+
+    def _marked(self, text: str, images: Sequence[str]) -> str:
+        # The template wrote the same text for every image; which one it is, their order says.
+        pieces = text.split(self.image_text)
+        if len(pieces) != len(images) + 1:
+            self._refuse(f"it shows {len(pieces) - 1} images of {len(images)}")
+        marks = [f"{self.image_open}{_OPEN}i{i}{_CLOSE}{self.image_close}" for i in images]
+        return "".join(itertools.chain(*zip(pieces, marks, strict=False), pieces[-1:]))
 
     def _refuse(self, why: str) -> NoReturn:
         raise RowError(
@@ -141,11 +169,16 @@ class JinjaTemplate(ChatTemplate):
         )
 
 
-def template_of(tokenizer: Any) -> JinjaTemplate:
+def template_of(
+    tokenizer: Any, *, image_text: str = "", image_open: str = "", image_close: str = ""
+) -> JinjaTemplate:
     """Returns the chat template a tokenizer carries.
 
     Args:
         tokenizer: A transformers tokenizer.
+        image_text: What the template writes for an image part; empty where it knows none.
+        image_open: Text to put in front of an image's tokens.
+        image_close: Text to put behind them.
 
     Raises:
         TemplateError: It has none, or one that cannot be parsed.
@@ -176,6 +209,9 @@ def template_of(tokenizer: Any) -> JinjaTemplate:
         source=source,
         variables=variables,
         special_tokens=tuple(sorted(token for token in specials if token)),
+        image_text=image_text,
+        image_open=image_open,
+        image_close=image_close,
     )
     stop = [*_ends(template), *([tokenizer.eos_token] if tokenizer.eos_token else [])]
     return template.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
@@ -198,6 +234,13 @@ def _is_answer(message: dict[str, str]) -> bool:
 
 def _content(turn: Turn) -> str:
     return "".join(p if isinstance(p, str) else f"{_OPEN}i{p}{_CLOSE}" for p in turn.parts)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """Returns a message's content as transformers' processors take it: a list of typed parts."""
+    pieces = enumerate(_IMAGE.split(content))
+    parts = [{"type": "image"} if i % 2 else {"type": "text", "text": t} for i, t in pieces]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[Segment]:

@@ -1,0 +1,41 @@
+"""Image layouts: the token blocks and tower inputs of models that take images of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vistune.data.layout.base import ImageLayout, make_image_processor, unusual_shape
+from vistune.data.layout.patches import PatchLayout
+from vistune.errors import DataError
+
+_KINDS: dict[str, type[ImageLayout]] = {"patches": PatchLayout}
+
+
+def load_layout(values: dict[str, Any]) -> ImageLayout:
+    """Returns the layout that `model_dump` described.
+
+    Args:
+        values: What a checkpoint or a model's description says; `kind` names the form.
+
+    Raises:
+        DataError: There is no such form.
+    """
+    kind = values.get("kind")
+    if kind not in _KINDS:
+        raise DataError(
+            "this image layout is not known",
+            where="layout.kind",
+            got=kind,
+            expected=", ".join(_KINDS),
+            fix="use the vistune version that wrote it, or a newer one",
+        )
+    return _KINDS[kind].model_validate(values)
+
+
+__all__ = [
+    "ImageLayout",
+    "PatchLayout",
+    "load_layout",
+    "make_image_processor",
+    "unusual_shape",
+]

@@ -1,0 +1,16 @@
+"""Transformers' own vision-language models, trained behind vistune's contract."""
+
+from vistune.models.native import qwen
+from vistune.models.native.contract import NATIVE, NativeFamily
+from vistune.models.native.describe import describe_native, is_native, load_native
+from vistune.models.native.model import NativeVLM
+
+__all__ = [
+    "NATIVE",
+    "NativeFamily",
+    "NativeVLM",
+    "describe_native",
+    "is_native",
+    "load_native",
+    "qwen",
+]

@@ -1,0 +1,108 @@
+"""What has to be known of one of transformers' own vision-language models to train it here.
+
+Everything else comes from the model's class and its directory. A family says which modules play
+which role, how its images become tokens (as values of `data.layout`), and under which names its
+forward pass takes what the layout says of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vistune.models.contract import ModuleMap
+from vistune.registry import Registry
+from vistune.types import ImageDefaults, ImageShape, VisionGrid
+
+
+class NativeFamily(Protocol):
+    """One family of transformers' own models."""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The `model_type`s of its configs."""
+        ...
+
+    @property
+    def image_marks(self) -> tuple[str, str, str]:
+        """What its chat template writes for an image; text put before and behind its tokens."""
+        ...
+
+    @property
+    def roles(self) -> ModuleMap:
+        """Module paths inside transformers' model."""
+        ...
+
+    def image_token_id(self, config: Any) -> int:
+        """Returns the id at whose places image embeddings go."""
+        ...
+
+    def grid(self, config: Any) -> VisionGrid:
+        """Returns patches and folding of the tower."""
+        ...
+
+    def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Returns the image layout, as values of `data.layout`.
+
+        Args:
+            config: The model's config.
+            processor: The values of its image processor's file.
+            tokenizer: Its tokenizer.
+
+        Raises:
+            ModelError: The processor's file lacks a value.
+        """
+        ...
+
+    def image_inputs(
+        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
+    ) -> dict[str, Tensor]:
+        """Returns a row's images under the names `get_image_features` takes.
+
+        Args:
+            pixel_values: What the images became, end to end on the first axis.
+            image_shapes: What the layout says of each.
+        """
+        ...
+
+    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
+        """Returns what the forward pass wants to know of the ids beside them.
+
+        Args:
+            input_ids_BT: int64 [B, T].
+            image_token_id: The id of image tokens.
+        """
+        ...
+
+    def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
+        """Returns the shape of the smallest image's pixels, and what is said of that image."""
+        ...
+
+
+NATIVE: Registry[NativeFamily] = Registry("transformers model")
+"""The families, by `model_type`."""
+
+
+def register(family: NativeFamily) -> None:
+    """Files a family under each of its model types."""
+    for model_type in family.model_types:
+        NATIVE.register(model_type)(family)
+
+
+def defaults_of(processor: Mapping[str, Any], grid: VisionGrid) -> ImageDefaults:
+    """Returns how files are read for a family: its layout decides on everything else.
+
+    Args:
+        processor: The values of its image processor's file.
+        grid: Of its tower.
+    """
+    mean, std = (tuple(processor.get(name) or (0.5,) * 3) for name in ("image_mean", "image_std"))
+    return ImageDefaults(grid.patch_px * grid.downsample, mean, std, mode="resize")  # type: ignore[arg-type]
+
+
+def one_kind(ids_BT: Tensor, image_token_id: int) -> Tensor:
+    """Returns 1 at image tokens and 0 elsewhere: int32, as transformers' processors do."""
+    return (ids_BT == image_token_id).to(torch.int32)

@@ -1,0 +1,115 @@
+"""Reads a directory that holds one of transformers' own vision-language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistune.errors import ModelError
+from vistune.models.attention import register_packed_attention
+from vistune.models.facts import ModelFacts, read_json
+from vistune.models.native.contract import NATIVE, NativeFamily, defaults_of
+from vistune.models.native.model import NativeVLM
+from vistune.models.weights import hub_error, load_strictly, quiet_transformers
+
+KEY = "model.from_checkpoint"
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+
+
+def is_native(values: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model that is trained through its own class."""
+    return values.get("model_type") in NATIVE
+
+
+def describe_native(folder: Path) -> ModelFacts:
+    """Reads config, image processor and tokenizer; no weights.
+
+    Raises:
+        ModelError: A file is missing or cannot be used.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # these files fail in many ways, all of them the user's to mend
+        raise hub_error(error, path=str(folder), key=KEY) from error
+    family = NATIVE.get(config.model_type)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _chat_template(folder)
+    processor = read_processor(folder)
+    grid = family.grid(config)
+    return ModelFacts(
+        tokenizer=tokenizer,
+        image_token_id=family.image_token_id(config),
+        grid=grid,
+        image_defaults=defaults_of(processor, grid),
+        vision_config=config.vision_config,
+        text_config=config.get_text_config(),
+        tower=None,
+        layout=family.layout(config, processor, tokenizer),
+        image_marks=family.image_marks,
+    )
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Returns the values of a directory's image processor.
+
+    Raises:
+        ModelError: There is no file of one.
+    """
+    for name in _PROCESSOR_FILES:
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            values = values.get("image_processor", values)
+            if "image_processor_type" in values:
+                return dict(values)
+    raise ModelError(
+        "the directory has no file of an image processor",
+        where=str(folder),
+        expected=" or ".join(_PROCESSOR_FILES),
+        fix="download the directory again, with its small files",
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    for name in _TEMPLATE_FILES:
+        file = folder / name
+        if file.suffix == ".jinja" and file.is_file():
+            return file.read_text(encoding="utf-8")
+        if file.is_file() and "chat_template" in (values := read_json(file)):
+            return str(values["chat_template"])
+    return None
+
+
+def load_native(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> NativeVLM:
+    """Loads the model, every weight accounted for.
+
+    Args:
+        folder: The directory.
+        facts: What `describe_native` found.
+        dtype: Format of the weights.
+
+    Raises:
+        WeightsError: A weight is missing, left over or of another shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    packed = register_packed_attention()
+    inner, _ = load_strictly(
+        AutoModelForImageTextToText,
+        str(folder),
+        key=KEY,
+        dtype=dtype,
+        attn_implementation={"text_config": packed, "vision_config": "sdpa"},
+    )
+    return NativeVLM(inner, family_of(inner.config))
+
+
+def family_of(config: Any) -> NativeFamily:
+    """Returns what is known of a config's family."""
+    return NATIVE.get(config.model_type)

@@ -1,0 +1,171 @@
+"""One of transformers' own vision-language models behind vistune's contract.
+
+The model is transformers' class, untouched; its language model attends within samples of a packed
+row through the attention registered in `models.attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistune import _compat
+from vistune.errors import ModelError
+from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.contract import ModuleMap
+from vistune.models.native.contract import NativeFamily
+from vistune.types import ImageShape, VisionGrid
+
+INNER = "inner"
+
+
+class NativeVLM(nn.Module):
+    """A whole model of transformers.
+
+    Args:
+        inner: The model, such as `Qwen2VLForConditionalGeneration`.
+        family: What is known of it.
+
+    Raises:
+        ModelError: Its language model does not take its attention from transformers' interface.
+    """
+
+    def __init__(self, inner: Any, family: NativeFamily) -> None:
+        super().__init__()
+        self.inner = inner
+        self.family = family
+        self.config = inner.config
+        self.grid: VisionGrid = family.grid(inner.config)
+        self.image_token_id = family.image_token_id(inner.config)
+        self.touch_vision_always = False
+        if not _compat.uses_attention_interface(inner):
+            raise ModelError(
+                f"{type(inner).__name__} cannot keep the samples of a packed row apart",
+                fix="use a model that takes its attention from transformers' interface",
+            )
+        inner.config.get_text_config()._attn_implementation = register_packed_attention()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
+        """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
+        _compat.apply_exactly(self, lambda: super(NativeVLM, self)._apply(fn, recurse))
+        return self
+
+    @property
+    def module_map(self) -> ModuleMap:
+        """Role -> modules. A head tied to the embeddings belongs to the language model."""
+        roles = self.family.roles
+        head = self.inner.get_output_embeddings()
+        tied = head is None or head.weight is self.inner.get_input_embeddings().weight
+        language = tuple(f"{INNER}.{name}" for name in roles.language)
+        heads = tuple(f"{INNER}.{name}" for name in roles.head)
+        return ModuleMap(
+            vision=tuple(f"{INNER}.{name}" for name in roles.vision),
+            connector=tuple(f"{INNER}.{name}" for name in roles.connector),
+            language=(*language, *heads) if tied else language,
+            head=() if tied else heads,
+        )
+
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """Parameters that no gradient reaches."""
+        return frozenset()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the language model's embedding table."""
+        found = self.inner.get_input_embeddings()
+        assert isinstance(found, nn.Module)
+        return found
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the output head."""
+        found = self.inner.get_output_embeddings()
+        assert isinstance(found, nn.Module)
+        return found
+
+    def hidden_states(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values_NCYX: Tensor | None,
+        image_shapes: tuple[ImageShape, ...] = (),
+    ) -> Tensor:
+        """Runs one packed row up to and including the final norm; see `models.contract`."""
+        images = {}
+        if pixel_values_NCYX is not None:
+            images = self.family.image_inputs(self._cast(pixel_values_NCYX), image_shapes)
+            images |= self.family.text_inputs(input_ids_BT, self.image_token_id)
+        out = self.inner.model(
+            input_ids=input_ids_BT,
+            attention_mask=packing_mask(cu_seqlens, max_seqlen),
+            position_ids=position_ids_BT,
+            use_cache=False,
+            **images,
+        )
+        hidden: Tensor = out.last_hidden_state
+        idle = None if images else self._idle_vision(hidden)
+        return hidden if idle is None else hidden + idle
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """Applies the output head: [M, D] -> [M, V]."""
+        out = self.get_output_embeddings()(hidden_MD)
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        assert isinstance(out, Tensor)
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    def forward(self, **inputs: Any) -> Any:
+        """Runs transformers' model on a padded batch; for generation."""
+        return self.inner(**inputs)
+
+    def generation_inputs(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        pixel_values: Tensor | None,
+        image_shapes: tuple[ImageShape, ...],
+    ) -> dict[str, Any]:
+        """Returns what the forward pass is given for the images of a batch of prompts."""
+        assert pixel_values is not None
+        images = self.family.image_inputs(self._cast(pixel_values), image_shapes)
+        return images | self.family.text_inputs(input_ids_BT, self.image_token_id)
+
+    def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> Any:
+        """Hands the generation hook of transformers' model on."""
+        return self.inner.prepare_inputs_for_generation(*arguments, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *arguments: Any, **kwargs: Any) -> Any:
+        return self.inner._prepare_position_ids_for_generation(*arguments, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *arguments: Any, **kwargs: Any) -> Any:
+        return self.inner._update_model_kwargs_for_generation(*arguments, **kwargs)
+
+    def _cast(self, pixel_values: Tensor) -> Tensor:
+        dtype = next(p.dtype for n, p in self.named_parameters() if self._sees(n))
+        return pixel_values if dtype.itemsize < 2 else pixel_values.to(dtype)
+
+    def _sees(self, name: str) -> bool:
+        return self.module_map.role_of(name) == "vision"
+
+    def _idle_vision(self, like: Tensor) -> Tensor | None:
+        """Zero that depends on every trained vision and connector weight, when there are any.
+
+        Without it a row of text alone would leave gradients missing, and with several processes
+        the others would wait for them for ever.
+        """
+        trains = any(
+            p.requires_grad and self.module_map.role_of(n) in ("vision", "connector")
+            for n, p in self.named_parameters()
+        )
+        if not torch.is_grad_enabled() or not (trains or self.touch_vision_always):
+            return None
+        shape, shapes = self.family.blank(self.config)
+        blank = self._cast(torch.zeros(shape, device=like.device))
+        out = self.inner.model.get_image_features(**self.family.image_inputs(blank, shapes))
+        features = out.pooler_output
+        parts = features if isinstance(features, (list, tuple)) else [features]
+        return torch.stack([part.float().sum() for part in parts]).sum().to(like.dtype) * 0.0

@@ -1,0 +1,118 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches at an image's own shape, positions on three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistune.errors import ModelError
+from vistune.models.contract import ModuleMap
+from vistune.models.native.contract import one_kind, register
+from vistune.types import ImageShape, VisionGrid
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A family whose tower takes a flat list of patches and the grids they came from.
+
+    Args:
+        model_types: The `model_type`s of its configs.
+        open_text: The token in front of an image.
+        image_text: The image token.
+        close_text: The token behind an image.
+    """
+
+    model_types: tuple[str, ...]
+    open_text: str
+    image_text: str
+    close_text: str
+
+    @property
+    def image_marks(self) -> tuple[str, str, str]:
+        """What its chat template writes for an image; nothing is put around its tokens."""
+        return f"{self.open_text}{self.image_text}{self.close_text}", "", ""
+
+    @property
+    def roles(self) -> ModuleMap:
+        """Module paths: what folds patches into tokens is the connector."""
+        return ModuleMap(
+            vision=("model.visual",),
+            connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+            language=("model.language_model",),
+            head=("lm_head",),
+        )
+
+    def image_token_id(self, config: Any) -> int:
+        """Returns the id at whose places image embeddings go."""
+        return int(config.image_token_id)
+
+    def grid(self, config: Any) -> VisionGrid:
+        """Returns patches and folding of the tower."""
+        vision = config.vision_config
+        return VisionGrid(
+            patch_px=int(vision.patch_size), downsample=int(vision.spatial_merge_size)
+        )
+
+    def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Returns the layout `patches`.
+
+        Raises:
+            ModelError: The processor's file does not say how large images may be.
+        """
+        size = dict(processor.get("size") or {})
+        bounds = [
+            processor.get("min_pixels") or size.get("shortest_edge"),
+            processor.get("max_pixels") or size.get("longest_edge"),
+        ]
+        if None in bounds:
+            raise ModelError(
+                "the image processor's file does not say how large images may be",
+                where="preprocessor_config.json",
+                got=f"size {size}",
+                expected="size with shortest_edge and longest_edge, or min_pixels and max_pixels",
+            )
+        grid = self.grid(config)
+        marks = tokenizer.convert_tokens_to_ids([self.open_text, self.close_text])
+        return {
+            "kind": "patches",
+            "image_token_id": self.image_token_id(config),
+            "before": marks[:1],
+            "after": marks[1:],
+            "processor": dict(processor),
+            "patch_px": grid.patch_px,
+            "merge": grid.downsample,
+            "min_pixels": bounds[0],
+            "max_pixels": bounds[1],
+        }
+
+    def image_inputs(
+        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
+    ) -> dict[str, Tensor]:
+        """Returns patches [P, C * time * Y * X] and grids (time, rows, columns) [N, 3]."""
+        grids = torch.tensor(image_shapes, dtype=torch.int64, device=pixel_values.device)
+        return {"pixel_values": pixel_values, "image_grid_thw": grids}
+
+    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
+        """Returns 1 at image tokens."""
+        return {"mm_token_type_ids": one_kind(input_ids_BT, image_token_id)}
+
+    def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
+        """Returns the shape of one token's patches."""
+        vision = config.vision_config
+        side, merge = int(vision.patch_size), int(vision.spatial_merge_size)
+        channels = int(getattr(vision, "in_channels", 3))
+        values = channels * int(vision.temporal_patch_size) * side**2
+        return (merge**2, values), ((1, merge, merge),)
+
+
+QWEN = Patches(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    open_text="<|vision_start|>",
+    image_text="<|image_pad|>",
+    close_text="<|vision_end|>",
+)
+register(QWEN)
