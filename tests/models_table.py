@@ -63,11 +63,18 @@ Cell = Shown | Missing
 
 
 def _qlora(kind: str) -> Cell:
-    return Shown((f"{_E2E}test_adapters_beside_8_bit_weights[{kind}]",), _EIGHT)
+    tests = (f"{_E2E}test_adapters_beside_rounded_weights[{kind}-{form}]" for form in _ROUNDED)
+    return Shown(tuple(tests), _FORMS)
 
 
-_EIGHT = "shown with 8 bits on a CPU"
-_QLORA = Shown(("tests/train/test_qlora.py",), _EIGHT)
+_ROUNDED = ("int8", "nf4")
+_FORMS = "int8 and NF4, on a CPU"
+_QLORA = Shown(("tests/train/test_qlora.py", "tests/models/tune/test_quantize.py"), _FORMS)
+
+
+def _internlm2_qlora(start: str) -> Cell:
+    tests = (f"{_PIECES}test_internlm2_is_an_ordinary_part[{start}-{form}]" for form in _ROUNDED)
+    return Shown(tuple(tests), _FORMS)
 
 
 def _family(kind: str, dump: str, exports: str, **changes: Cell) -> tuple[Cell, ...]:
@@ -126,7 +133,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown((f"{_PIECES}test_added_tokens_take_the_places_kept_for_them",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-lora]",)),
-        Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-qlora]",), _EIGHT),
+        _internlm2_qlora("public"),
         Shown(
             (
                 "tests/checkpoint/test_layout_internlm2.py"
@@ -155,7 +162,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         ),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),
-        Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-qlora]",), _EIGHT),
+        _internlm2_qlora("xtuner"),
         Shown(
             (
                 "tests/checkpoint/test_layout_internlm2.py"

@@ -26,31 +26,43 @@ from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 LLAVA_KIND = "llava-1.5"
+WIDE = 192
 FAMILY_KINDS = ("cogvlm2", "visualglm", "visualglm-sat", "mgm-2b", "mgm-2b-hd")
 
 
-def write_family(kind: str, folder: Path) -> Path:
-    """Writes one family's directory; returns it."""
+def write_family(kind: str, folder: Path, *, wide: bool = False) -> Path:
+    """Writes one family's directory; returns it.
+
+    Args:
+        kind: Which family.
+        folder: Made here.
+        wide: Give the language model an inner width of 192, so that every linear layer of it reads
+            a multiple of 64 numbers, as real ones do.
+    """
     folder.mkdir(parents=True)
     if kind == LLAVA_KIND:
         write_llava_15(folder)
+        if wide:
+            _widen(folder, old=112, key="intermediate_size")
     elif kind == "cogvlm2":
         _copy("cogvlm2", folder)
+        if wide:
+            _widen(folder, old=96, key="intermediate_size")
         specials = {"<pad>": 500, "<|begin_of_text|>": 501, "<|end_of_text|>": 502}
         byte_tokenizer(specials, bos="<|begin_of_text|>", eos="<|end_of_text|>").save_pretrained(
             folder
         )
     elif kind == "visualglm":
-        _write_visualglm(folder)
+        _write_visualglm(folder, wide=wide)
     elif kind == "visualglm-sat":
         hf = folder / "hf"
         hf.mkdir()
-        _write_visualglm(hf)
+        _write_visualglm(hf, wide=wide)
         write_visualglm_sat(VisualGLMFamily().load(hf, torch.float32), folder, dtype=torch.float32)
         shutil.copy(hf / "ice_text.model", folder)
         shutil.rmtree(hf)
     else:
-        _write_mgm(folder, hd=kind == "mgm-2b-hd")
+        _write_mgm(folder, hd=kind == "mgm-2b-hd", inner=WIDE if wide else 96)
     return folder
 
 
@@ -87,13 +99,31 @@ def _copy(name: str, folder: Path) -> None:
         shutil.copy(PARITY / name / file, folder / file)
 
 
-def _write_mgm(folder: Path, *, hd: bool) -> None:
+def _widen(folder: Path, *, old: int, key: str) -> None:
+    """Fills the language model's inner width up to `WIDE` with drawn numbers."""
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings[key] == old
+    (folder / "config.json").write_text(json.dumps(settings | {key: WIDE}))
+    made = torch.Generator().manual_seed(9)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        in_mlp = ".mlp." in name and name.startswith(("model.layers.", "transformer.layers."))
+        if not in_mlp and not name.startswith("model.vision.linear_proj."):
+            continue
+        shape = [WIDE if size == old else size for size in tensor.shape]
+        filled = torch.randn(shape, generator=made) * tensor.float().std()
+        filled[tuple(slice(size) for size in tensor.shape)] = tensor
+        weights[name] = filled
+    save_file(weights, folder / "model.safetensors")
+
+
+def _write_mgm(folder: Path, *, hd: bool, inner: int) -> None:
     """MGM with a vocabulary that holds every byte and Gemma's marks; drawn weights."""
     torch.manual_seed(3)
     text = {
         "vocab_size": 272,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": inner,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
@@ -140,8 +170,10 @@ def byte_tokenizer(specials: dict[str, int], *, bos: str, eos: str) -> PreTraine
     )
 
 
-def _write_visualglm(folder: Path) -> None:
+def _write_visualglm(folder: Path, *, wide: bool) -> None:
     _copy("visualglm", folder)
+    if wide:
+        _widen(folder, old=160, key="inner_hidden_size")
     pieces = ChatGLMTokenizer(str(train_pieces(folder)))
     (folder / "corpus.txt").unlink()
     # The weights know no special ids, so the config takes the ones this vocabulary has.

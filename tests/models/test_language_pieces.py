@@ -120,16 +120,16 @@ def xtuner_parts(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("mode", ["lora", "full", "qlora"])
+@pytest.mark.parametrize("mode", ["lora", "full", "int8", "nf4"])
 @pytest.mark.parametrize("start", ["public", "xtuner"])
 def test_internlm2_is_an_ordinary_part(
     internlm2: Path, tmp_path: Path, start: str, mode: str
 ) -> None:
     write_tower(tmp_path / "tower")
     language = {"mode": "full"} if mode == "full" else {"mode": "lora", "rank": 2}
-    if mode == "qlora":
+    if mode in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
-        language["frozen_format"] = "int8"
+        language["frozen_format"] = mode
     more = xtuner_parts(tmp_path) if start == "xtuner" else {}
     tree = {
         "name": "internlm2",

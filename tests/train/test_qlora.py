@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_loop import losses, resolved
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vistune.errors import MissingExtraError
 from vistune.recipe import ResolvedRecipe
@@ -15,15 +16,33 @@ from vistune.train import train
 QUIET = Console(quiet=True)
 
 
-def qlora(tiny, folder, **train_changes):
-    # Not nf4: the package's CPU code rounds layers of this model's width (352) wrongly.
-    language = {"mode": "lora", "rank": 4, "alpha": 8, "frozen_format": "int8"}
-    return resolved(
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory):
+    """A language model whose layers read multiples of 64 numbers, as real ones do."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "llama")
+    torch.manual_seed(3)
+    LlamaForCausalLM(
+        LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def qlora(tiny, folder, form, language_model, **train_changes):
+    language = {"mode": "lora", "rank": 4, "alpha": 8, "frozen_format": form}
+    made = resolved(
         tiny,
         folder,
         tune={"connector": {"mode": "full"}, "language": language},
         train={"steps": 4, "schedule": "constant", "warmup_frac": 0, "lr": 1e-2, **train_changes},
     )
+    model = made.recipe.model
+    language = model.language_model.model_copy(update={"path": str(language_model)})
+    model = model.model_copy(update={"language_model": language})
+    return ResolvedRecipe(made.recipe.model_copy(update={"model": model}), {}, "test")
 
 
 def longer(recipe, steps):
@@ -31,12 +50,13 @@ def longer(recipe, steps):
     return ResolvedRecipe(recipe.recipe.model_copy(update={"train": changed}), {}, "test")
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw"])
-def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, tmp_path, optimizer):
+def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, wide, tmp_path, optimizer, form):
     pytest.importorskip("bitsandbytes")
-    whole = qlora(tiny, tmp_path / "a", optimizer=optimizer)
+    whole = qlora(tiny, tmp_path / "a", form, wide, optimizer=optimizer)
     train(whole, console=QUIET)
-    parts = qlora(tiny, tmp_path / "b", optimizer=optimizer)
+    parts = qlora(tiny, tmp_path / "b", form, wide, optimizer=optimizer)
     train(longer(parts, 2), console=QUIET)
     train(parts, resume=True, console=QUIET)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -50,13 +70,14 @@ def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, tmp_path, optimizer)
     assert all(".lora_" in name or name.startswith("connector") for name in saved[0])
 
 
-def test_answers_come_from_adapters_merged_into_unrounded_weights(tiny, tmp_path):
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_answers_come_from_adapters_merged_into_unrounded_weights(tiny, wide, tmp_path, form):
     pytest.importorskip("bitsandbytes")
     from vistune.assembly import load_assembled
 
-    train(qlora(tiny, tmp_path / "a"), console=QUIET)
+    train(qlora(tiny, tmp_path / "a", form, wide), console=QUIET)
     model = load_assembled(tmp_path / "a").model
-    base = load_file(tiny / "llama" / "model.safetensors")
+    base = load_file(wide / "model.safetensors")
     saved = load_file(tmp_path / "a/checkpoints/step_00000004/weights.safetensors")
     name = next(n for n in saved if "q_proj.lora_A" in n)
     stem = name.split(".lora_A")[0]

@@ -164,6 +164,24 @@ def write_errors_explained(where: Path) -> Iterator[None]:
         ) from error
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives the files of a directory the mode that the process's umask says.
+
+    Safetensors' writer makes them readable by their owner alone, so that a model written for a
+    group could be read by no one else in it.
+
+    Args:
+        folder: A directory; files in directories inside it are found too.
+    """
+    probe = folder / f"{TEMPORARY_PREFIX}mode"
+    probe.touch()  # the umask can only be read by setting it, which other threads would see
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
 def sync(path: Path) -> None:
     """Forces a file's content, or a directory's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -23,6 +23,7 @@ from vistune.checkpoint.files import (
     TRAINER_NAME,
     WEIGHTS_NAME,
     discard,
+    follow_umask,
     sync,
     write_seal,
 )
@@ -106,6 +107,7 @@ def _write_files(folder: Path, content: CheckpointContent) -> None:
     with (folder / TRAINER_NAME).open("wb") as file:
         torch.save(dict(content.trainer), file)
     write_manifest(folder, content.manifest)
+    follow_umask(folder)
     write_seal(folder, step=content.step)
 
 

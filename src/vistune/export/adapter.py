@@ -18,6 +18,7 @@ from torch import nn
 
 from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
+from vistune.device.bits import quiet_kernel_notice
 from vistune.errors import ModelError
 from vistune.export.files import write_tokenizer
 from vistune.models.compose import ComposedVLM
@@ -94,6 +95,7 @@ def write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
         base: Where its own weights are.
         folder: Made here.
     """
+    quiet_kernel_notice()
     from peft import get_peft_model_state_dict
 
     folder.mkdir()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vistune.checkpoint.files import follow_umask
 from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
 from vistune.errors import CheckpointError
@@ -49,6 +50,7 @@ def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    follow_umask(partial)
     if output.is_dir():
         shutil.rmtree(output)
     elif output.exists():

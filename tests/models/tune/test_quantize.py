@@ -73,13 +73,33 @@ def test_a_role_that_trains_whole_has_nothing_to_hold(tmp_path):
         quantized(tmp_path, "nf4", tune=full)
 
 
-def test_layers_that_come_out_wrong_are_refused(tmp_path):
-    """The package's CPU code (0.50) rounds layers that read 32 numbers wrongly."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_come_out_wrong_are_refused(tmp_path, dtype):
+    """The package's CPU code (0.50) mixes up blocks of rows that are not whole blocks."""
     pytest.importorskip("bitsandbytes")
     model, _ = composed(tmp_path)
+    # Weights of one size hide it: every block then has about the same largest number.
+    for parameter in model.language_model.parameters():
+        parameter.data.uniform_(-0.1, 0.1)
     apply_tuning(model, LORA, seed=0)
-    with pytest.raises(ModelError, match="does not round"):
-        quantize_frozen(model, "language", "nf4", dtype=torch.float32, device=CPU)
+    with pytest.raises(ModelError, match="does not round rows of 32 numbers"):
+        quantize_frozen(model, "language", "nf4", dtype=dtype, device=CPU)
+    # Nothing was replaced: the other forms can still be chosen.
+    assert quantize_frozen(model, "language", "int8", dtype=dtype, device=CPU) == 2 * 7
+
+
+def test_numbers_come_back_as_the_nearest_of_sixteen_levels(tmp_path):
+    """Block by block, against the levels themselves."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    plain, _ = wide(tmp_path)
+    model, _, _, _ = quantized(tmp_path, "nf4")
+    name = "language_model.model.layers.1.mlp.down_proj"
+    held = model.get_submodule(f"{name}.base_layer").weight
+    back = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+    blocks = plain.get_parameter(f"{name}.weight").detach().reshape(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    # Half of the widest gap between levels (0.70 to 1), and the scales' own 8 bits.
+    assert ((back.reshape(-1, 64) - blocks).abs() <= (0.152 + 0.02) * largest).all()
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vistune.device.bits import quiet_kernel_notice
 from vistune.errors import ModelError
 from vistune.models.contract import TunableModel
 from vistune.recipe.schema import LoraTune
@@ -72,6 +73,7 @@ def inject_lora(model: TunableModel, role: RoleName, tune: LoraTune, *, seed: in
     if any(model.module_map.role_of(name) == role for name in adapter_layers(model)):
         raise ModelError("this role already carries adapters", where=f"tune.{role}")
     layers = target_layers(model, role, tune)
+    quiet_kernel_notice()
     from peft import LoraConfig, inject_adapter_in_model
 
     root, prefix = _root(model, role)

@@ -1,0 +1,27 @@
+"""The optional package for rounded numbers: one notice of it is silenced, the others are not."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from vistune.device.bits import quiet_kernel_notice
+
+
+def test_one_notice_is_silenced_and_no_other(caplog):
+    quiet_kernel_notice()
+    quiet_kernel_notice()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from %s", "somewhere")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert len(logger.filters) == 1
+
+
+@pytest.mark.slow
+def test_importing_the_package_prints_nothing():
+    pytest.importorskip("bitsandbytes")
+    code = "from vistune.device.bits import import_bitsandbytes; import_bitsandbytes('x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "gemm_4bit" not in done.stderr + done.stdout
