@@ -1,4 +1,4 @@
-"""Tiny directories of transformers' own vision-language models, as the hub holds them. Not a test."""
+"""Tiny directories of transformers' own vision-language models, as on the hub. Not a test."""
 
 from __future__ import annotations
 

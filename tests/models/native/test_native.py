@@ -78,7 +78,7 @@ def test_packed_is_alone_in_loss_and_gradients(loaded: Assembled) -> None:
         for row in rows:
             logits, targets = run(model, row)
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return total, found
@@ -111,7 +111,7 @@ def test_text_alone_touches_every_weight(loaded: Assembled) -> None:
     model.requires_grad_(True)
     model.zero_grad()
     logits, _ = run(model, [sample_of(loaded.encoder, text="no picture")])
-    logits.sum().backward()
+    logits.sum().backward()  # type: ignore[no-untyped-call]
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert not missing
     for name, parameter in model.named_parameters():

@@ -100,7 +100,7 @@ def defaults_of(processor: Mapping[str, Any], grid: VisionGrid) -> ImageDefaults
         grid: Of its tower.
     """
     mean, std = (tuple(processor.get(name) or (0.5,) * 3) for name in ("image_mean", "image_std"))
-    return ImageDefaults(grid.patch_px * grid.downsample, mean, std, mode="resize")  # type: ignore[arg-type]
+    return ImageDefaults(grid.patch_px * grid.downsample, mean, std, mode="resize")
 
 
 def one_kind(ids_BT: Tensor, image_token_id: int) -> Tensor:

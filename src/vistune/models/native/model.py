@@ -50,7 +50,7 @@ class NativeVLM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
         """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
-        _compat.apply_exactly(self, lambda: super(NativeVLM, self)._apply(fn, recurse))
+        _compat.apply_exactly(self, lambda: super(NativeVLM, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     @property
