@@ -125,12 +125,18 @@ def test_files_of_a_run(tiny, tmp_path):
     console = Console(file=io.StringIO(), record=True, width=160)
     result = train(resolved(tiny, tmp_path / "r"), console=console)
     folder = tmp_path / "r"
-    start = json.loads((folder / "provenance.jsonl").read_text())
+    start, built = map(json.loads, (folder / "provenance.jsonl").read_text().splitlines())
+    assert built["engine"]["attention"]["language"]["name"] == "sdpa"
     assert start["resumed_from_step"] == 0 and start["versions"]["torch"] == version("torch")
     assert json.loads((folder / "check.json").read_text())["num_ok"] == 24
     assert (folder / "quarantine.jsonl").read_text() == ""
     text = console.export_text()
-    for expected in ("24 of 24 rows usable", "connector (full, lr 0.001)", "vision (freeze)"):
+    for expected in (
+        "24 of 24 rows usable",
+        "connector (full, lr 0.001)",
+        "vision (freeze)",
+        "attention: language model sdpa (one call for each sample, on any device)",
+    ):
         assert expected in text
     assert "done: 6 steps" in text and "step_00000006" in text
     first = metrics(folder)[0]

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +170,17 @@ class RunDirectory:
             "git": _git_state(),
             "sources": dict(resolved.sources),
         }
+        self._record(entry)
+
+    def record_engine(self, engine: Mapping[str, Any]) -> None:
+        """Writes down how the model of this start computes, which is known once it is built.
+
+        Args:
+            engine: What was chosen, with reasons: attention, kernels, and the like.
+        """
+        self._record({"engine": dict(engine)})
+
+    def _record(self, entry: Mapping[str, Any]) -> None:
         with self.provenance.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

@@ -396,6 +396,13 @@ class TrainConfig(Section):
     """Run the language model's layers as fused functions: less time and memory, the same numbers.
     Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
     said when not; `on`: an error when not."""
+    attention: Literal["auto", "varlen", "flex", "sdpa", "npu", "flash_attn"] = "auto"
+    """How attention over packed rows is computed. `varlen`: torch's own kernel (CUDA and ROCm, 16
+    bit). `flex`: torch's FlexAttention, compiled (CUDA; also capped scores). `sdpa`: one call for
+    each sample, everywhere. `npu`: Ascend's fused attention. `flash_attn`: the package of that name
+    (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at the
+    start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
+    tower, whose images are a plain batch, takes the named one too where it has something to gain."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Arithmetic inside fp32 matrix products. `highest` is fp32 throughout; `high` and `medium` let
     torch take TF32 or bf16 where the device has them, and another library's fp32 kernels where it

@@ -29,6 +29,7 @@ from vistune.device import Device, seed_everything, select_device, versions
 from vistune.device.peak import measure_matmul_tflops
 from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
 from vistune.train import collector_paused
+from vistune.train.engine import set_up_engine
 from vistune.train.fit import Job, TrainResult, append_json, fit, num_steps
 from vistune.train.hooks import (
     ConsoleHook,
@@ -38,7 +39,6 @@ from vistune.train.hooks import (
     TensorBoardHook,
 )
 from vistune.train.hooks.samples import Answer
-from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.opening import OpenRun, open_run
 from vistune.train.report import print_data, print_result, print_tuning
 from vistune.train.room import adviser, settled
@@ -192,8 +192,6 @@ def _model(
     """Loads the model, chooses what trains, and puts a resumed run's weights in place."""
     from vistune.assembly import build, lay_over
     from vistune.models.flops import work_of
-    from vistune.models.fused.install import install_fused
-    from vistune.models.recompute import set_checkpoint_layers
     from vistune.models.tune import Tuning, apply_tuning
     from vistune.models.tune.quantize import quantize_frozen
 
@@ -222,18 +220,9 @@ def _model(
         )
         console.print(f"frozen weights: {count} linear layers held in {language.frozen_format}")
     model.to(device.torch_device)
-    set_training_mode(model, recipe.tune, model.module_map)
-    assert recipe.train.checkpoint_layers != "auto", "it was settled before"
-    set_checkpoint_layers(model, recipe.train.checkpoint_layers)
-    let_layers_recompute(model)
-    console.print(
-        install_fused(
-            model,
-            mode=recipe.train.fused,
-            fp8=language.mode != "full" and language.frozen_format == "fp8",
-            num_recomputed=recipe.train.checkpoint_layers,
-        )
-    )
+    engine = set_up_engine(model, recipe, device, console)
+    with write_errors_explained(opened.directory.path):
+        opened.directory.record_engine(engine)
     return _Built(model, tuning, inherited, work)
 
 

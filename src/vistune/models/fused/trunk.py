@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistune.models.attention import attend_packed, attend_tail
+from vistune.models.attention import AUTO, Backend, attend_packed, attend_tail
 from vistune.models.fused import torch_ops
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
 from vistune.models.fused.projection import Adapter, Fp8Linear, Projection
@@ -58,6 +58,7 @@ class FusedTrunk:
         norm: The decoder's final norm.
         ops: `torch_ops` or `triton_ops`.
         num_recomputed: Layers, from the first, that are computed again in the backward pass.
+        backend: How attention is computed.
     """
 
     layers: list[FusedLayer]
@@ -66,6 +67,7 @@ class FusedTrunk:
     norm: nn.Module
     ops: ModuleType
     num_recomputed: int = 0
+    backend: Backend = AUTO
 
     def hidden_states(
         self, embeds_BTD: Tensor, position_ids_BT: Tensor, *, cu_seqlens: Tensor, max_seqlen: int
@@ -74,7 +76,14 @@ class FusedTrunk:
         x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
 
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_packed(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            return attend_packed(
+                query,
+                key,
+                value,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                backend=self.backend,
+            )
 
         out: Tensor = self.norm(self(x_TD, cos, sin, attention=attention)[None])
         return out
@@ -92,11 +101,24 @@ class FusedTrunk:
         x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
 
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_packed(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            return attend_packed(
+                query,
+                key,
+                value,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                backend=self.backend,
+            )
 
         def tail_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend_tail(
-                query, key, value, tail=tail, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+                query,
+                key,
+                value,
+                tail=tail,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                backend=self.backend,
             )
 
         x_TD = self(x_TD, cos, sin, attention=attention, num_layers=len(self.layers) - 1)

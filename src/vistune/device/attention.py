@@ -1,0 +1,193 @@
+"""Which way of computing attention a device is given, and why; the ways are `models.attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, TypeAlias
+
+import torch
+
+from vistune.errors import DeviceError
+
+AttentionName: TypeAlias = Literal["varlen", "flex", "sdpa", "npu", "flash_attn"]
+WantedAttention: TypeAlias = Literal["auto", "varlen", "flex", "sdpa", "npu", "flash_attn"]
+_HALF = (torch.float16, torch.bfloat16)
+_WIDEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a model asks of attention.
+
+    Args:
+        head_dim: Width of a head.
+        dtype: Format of queries, keys and values.
+        softcap: Whether scores are capped.
+        dropout: Whether weights are dropped while training.
+    """
+
+    head_dim: int
+    dtype: torch.dtype
+    softcap: bool = False
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSupport:
+    """What a device and its packages offer.
+
+    Args:
+        kind: Kind of the device.
+        hopper: Whether it is an NVIDIA GPU of compute capability 9.0.
+        flash: Version of the flash-attn package (3 or 2), or None.
+        npu: Whether torch_npu is installed.
+    """
+
+    kind: str
+    hopper: bool = False
+    flash: int | None = None
+    npu: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> AttentionSupport:
+        """Looks at a device and at what is installed; imports nothing."""
+        hopper = (
+            device.type == "cuda"
+            and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) == (9, 0)
+        )
+        return cls(device.type, hopper, flash_version(), find_spec("torch_npu") is not None)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How attention is computed.
+
+    Args:
+        name: Its name, as in recipes; `own` for a model that brings its own.
+        reason: Why this one.
+    """
+
+    name: AttentionName | Literal["own"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def flash_version() -> int | None:
+    """Returns 3 or 2 for the newest FlashAttention package installed, None without one."""
+    if find_spec("flash_attn_interface") is not None:
+        return 3
+    return 2 if find_spec("flash_attn") is not None else None
+
+
+def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeeds) -> str | None:
+    """Returns why a way of computing attention cannot serve a model, or None when it can.
+
+    Args:
+        name: The way.
+        support: What the device offers.
+        needs: What the model asks.
+    """
+    if name == "sdpa":
+        return None
+    at_home = {"npu": ("npu",), "flex": ("cuda",)}.get(name, ("cuda",))
+    if support.kind not in at_home:
+        return f"it trains on {' and '.join(at_home)} only, the device is {support.kind}"
+    if name == "npu" and not support.npu:
+        return "torch_npu is not installed"
+    if name == "flash_attn" and support.flash is None:
+        return "flash-attn is not installed"
+    if name == "flex":
+        if needs.dropout:
+            return "the model drops attention weights"
+        width = needs.head_dim
+        odd = width & (width - 1) != 0 or width > _WIDEST_HEAD or width < 16
+        return f"heads are {width} wide" if odd else None
+    multiple = 16 if name == "npu" else 8
+    if needs.head_dim % multiple or needs.head_dim > _WIDEST_HEAD:
+        return f"heads are {needs.head_dim} wide"
+    if name != "npu" and needs.dtype not in _HALF:
+        return f"it takes 16-bit numbers, these are {_word(needs.dtype)}"
+    if needs.softcap and name != "flash_attn":
+        return "the model caps attention scores"
+    takes_dropout = name == "npu" or (name == "flash_attn" and support.flash == 2)
+    if needs.dropout and not takes_dropout:
+        return "the model drops attention weights"
+    return None
+
+
+def choose_attention(
+    wanted: WantedAttention, support: AttentionSupport, needs: AttentionNeeds
+) -> AttentionChoice:
+    """Chooses how a model's attention over packed rows is computed.
+
+    Args:
+        wanted: `train.attention` of the recipe.
+        support: What the device offers.
+        needs: What the model asks.
+
+    Raises:
+        DeviceError: The one asked for cannot serve this model on this device.
+    """
+    if wanted != "auto":
+        obstacle = why_not(wanted, support, needs)
+        if obstacle is not None:
+            raise DeviceError(
+                f"attention '{wanted}' cannot be used: {obstacle}",
+                where="train.attention",
+                fix="set train.attention=auto",
+            )
+        return AttentionChoice(wanted, "as the recipe says")
+    passed_over: list[str] = []
+    for name, reason in _preferences(support):
+        obstacle = why_not(name, support, needs)
+        if obstacle is None:
+            why = f"; not {passed_over[0]}" if passed_over else ""
+            return AttentionChoice(name, reason + why)
+        passed_over.append(f"{name}: {obstacle}")
+    raise AssertionError("sdpa serves every model")
+
+
+def choose_row_attention(
+    wanted: WantedAttention, support: AttentionSupport, needs: AttentionNeeds
+) -> AttentionChoice:
+    """As `choose_attention`, for a vision tower, whose images are rows of one length.
+
+    Args:
+        wanted: `train.attention` of the recipe.
+        support: What the device offers.
+        needs: What the tower asks.
+    """
+    if wanted == "auto" or wanted == "sdpa" or wanted == "flex":
+        reason = "images of one size are a plain batch"
+        if wanted == "flex":
+            reason += ", which flex has nothing to add to"
+        return AttentionChoice("sdpa", reason)
+    obstacle = why_not(wanted, support, needs)
+    if obstacle is not None:
+        return AttentionChoice("sdpa", f"not {wanted}: {obstacle}")
+    return AttentionChoice(wanted, "as the recipe says")
+
+
+def _preferences(support: AttentionSupport) -> list[tuple[AttentionName, str]]:
+    """Best first; the last one serves every model."""
+    anywhere: tuple[AttentionName, str] = ("sdpa", "one call for each sample, on any device")
+    if support.kind == "npu":
+        return [("npu", "the device's own fused attention"), anywhere]
+    if support.kind != "cuda":
+        return [anywhere]
+    varlen: tuple[AttentionName, str] = ("varlen", "torch's own kernel for packed rows")
+    capped: list[tuple[AttentionName, str]] = [
+        ("flash_attn", "flash-attn is installed"),
+        ("flex", "compiled for this model's scores"),
+    ]
+    if support.flash == 3 and support.hopper:
+        return [("flash_attn", "FlashAttention 3 is installed"), varlen, *capped[1:], anywhere]
+    return [varlen, *capped, anywhere]
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).split(".")[-1]

@@ -1,0 +1,24 @@
+"""Attention over packed rows: one interface, several ways of computing it, chosen by name."""
+
+from vistune.models.attention.auto import AUTO, attend_packed, attend_tail, backend_of
+from vistune.models.attention.contract import Backend, Packing, Scoring
+from vistune.models.attention.interface import (
+    PACKED_ATTENTION,
+    packed_attention,
+    packing_mask,
+    register_packed_attention,
+)
+
+__all__ = [
+    "AUTO",
+    "PACKED_ATTENTION",
+    "Backend",
+    "Packing",
+    "Scoring",
+    "attend_packed",
+    "attend_tail",
+    "backend_of",
+    "packed_attention",
+    "packing_mask",
+    "register_packed_attention",
+]
