@@ -142,7 +142,7 @@ def choose_attention(
             )
         return AttentionChoice(wanted, "as the recipe says")
     passed_over: list[str] = []
-    for name, reason in _preferences(support):
+    for name, reason in _preferences(support, needs):
         obstacle = why_not(name, support, needs)
         if obstacle is None:
             why = f"; not {passed_over[0]}" if passed_over else ""
@@ -172,7 +172,9 @@ def choose_row_attention(
     return AttentionChoice(wanted, "as the recipe says")
 
 
-def _preferences(support: AttentionSupport) -> list[tuple[AttentionName, str]]:
+def _preferences(
+    support: AttentionSupport, needs: AttentionNeeds
+) -> list[tuple[AttentionName, str]]:
     """Best first; the last one serves every model."""
     anywhere: tuple[AttentionName, str] = ("sdpa", "one call for each sample, on any device")
     if support.kind == "npu":
@@ -180,13 +182,13 @@ def _preferences(support: AttentionSupport) -> list[tuple[AttentionName, str]]:
     if support.kind != "cuda":
         return [anywhere]
     varlen: tuple[AttentionName, str] = ("varlen", "torch's own kernel for packed rows")
-    capped: list[tuple[AttentionName, str]] = [
-        ("flash_attn", "flash-attn is installed"),
-        ("flex", "compiled for this model's scores"),
-    ]
+    flash: tuple[AttentionName, str] = ("flash_attn", "flash-attn is installed")
+    if needs.dtype not in _HALF:
+        return [varlen, anywhere]
+    compiled: tuple[AttentionName, str] = ("flex", "compiled for this model's scores")
     if support.flash == 3 and support.hopper:
-        return [("flash_attn", "FlashAttention 3 is installed"), varlen, *capped[1:], anywhere]
-    return [varlen, *capped, anywhere]
+        return [("flash_attn", "FlashAttention 3 is installed"), varlen, compiled, anywhere]
+    return [varlen, flash, compiled, anywhere]
 
 
 def _word(dtype: torch.dtype) -> str:
