@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from vistune.data.encode import Encoder, Size
+from vistune.data.rounds import Context, Piece, Rounds
 from vistune.data.template import Segment, Stretch
+from vistune.data.template.base import check_order
 from vistune.data.words import ANCHOR, UncleanError, Words
 from vistune.errors import RowError
 from vistune.types import Turn
 
-_Context: TypeAlias = Literal["start", "word", "special"]
 _MAX_JOINTS = 50_000
 _MAX_LEADS = 100
 
@@ -52,12 +52,16 @@ class TokenCounter:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._words = Words.of(encoder.tokenizer, forbidden_id=encoder.image_token_id)
-        self._joints: dict[tuple[_Context, bool, tuple[str, ...]], tuple[int, int]] = {}
-        self._closed_joints: dict[tuple[_Context, bool, tuple[str, ...]], tuple[int, int]] = {}
-        self._sections: dict[tuple[_Context, tuple[tuple[str, bool], ...]], tuple[int, int]] = {}
+        self._joints: dict[tuple[Context, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._closed_joints: dict[tuple[Context, bool, tuple[str, ...]], tuple[int, int]] = {}
+        self._sections: dict[tuple[Context, tuple[tuple[str, bool], ...]], tuple[int, int]] = {}
         self._leads: dict[tuple[str, bool], tuple[int, int]] = {}
         self._end = "" if self._words is None else self._words.plain_end(_answer_end(encoder))
         self._num_leading = encoder.num_leading_tokens
+        self._rounds: Rounds | None = None
+        if self._words is not None:
+            frame = encoder.template.frame(encoder.system)
+            self._rounds = Rounds.of(self._words, self._measure, frame)
         self.num_tokenised = 0
         """Conversations that had to be tokenised."""
 
@@ -76,6 +80,11 @@ class TokenCounter:
         Raises:
             RowError: It cannot be rendered, or its text spells the image token.
         """
+        if self._rounds is not None and turns and turns[-1].speaker == "assistant":
+            try:
+                return self._count_rounds(self._rounds, turns, sizes)
+            except UncleanError:
+                pass  # texts are put together and cut with more care
         if self._words is not None:
             stretches = self._encoder.template.stretches(turns, self._encoder.system)
             try:
@@ -87,11 +96,46 @@ class TokenCounter:
         image_tokens = tokens.num_image_tokens
         return Counts(int(tokens.ids.size) - image_tokens, image_tokens, int(tokens.mask[1:].sum()))
 
+    def _count_rounds(
+        self, rounds: Rounds, turns: Sequence[Turn], sizes: Sequence[Size]
+    ) -> Counts:
+        if turns[0].speaker == "system":
+            raise UncleanError
+        check_order(turns)
+        text_tokens, target_tokens = rounds.count(turns)
+        image_tokens = 0
+        for turn in turns:
+            for part in turn.parts:
+                if isinstance(part, int):
+                    image_tokens += self._encoder.num_image_tokens(part, sizes)
+        return Counts(self._num_leading + text_tokens, image_tokens, target_tokens)
+
+    def _measure(
+        self, pieces: Sequence[Piece], context: Context, closes: bool
+    ) -> tuple[int, int]:
+        """Returns tokens and target tokens of pieces; see `rounds.Measure`."""
+        assert self._words is not None
+        if closes and not self._words.is_clean("".join([text for text, _ in pieces])):
+            raise UncleanError
+        texts: list[str] = []
+        starts_learnt = learns = False
+        for text, flag in pieces:
+            if not text:
+                continue
+            if not texts:
+                texts, starts_learnt = [text], flag
+            elif flag == learns:
+                texts[-1] += text
+            else:
+                texts.append(text)
+            learns = flag
+        return self._run(self._words, texts, starts_learnt, context) if texts else (0, 0)
+
     def _count(self, words: Words, stretches: list[Stretch], sizes: Sequence[Size]) -> Counts:
         text_tokens, image_tokens, target_tokens = self._num_leading, 0, 0
         texts: list[str] = []
         starts_learnt = learns = False
-        context: _Context = "start"
+        context: Context = "start"
         for stretch in [*stretches, None]:
             is_text = isinstance(stretch, tuple)
             if isinstance(stretch, tuple):
@@ -134,53 +178,63 @@ class TokenCounter:
         return found
 
     def _run(
-        self, words: Words, texts: list[str], is_learnt: bool, context: _Context
+        self, words: Words, texts: list[str], is_learnt: bool, context: Context
     ) -> tuple[int, int]:
         """Returns tokens and target tokens of a text in pieces, every other of which is learnt."""
+        lookup = words.lookup
         total = learnt = 0
-        joint: tuple[str, ...] = ()  # pieces of the word that is not closed yet
-        joint_is_learnt = is_learnt
+        # What is not closed by a blank yet: a word behind a blank, or a joint of several pieces.
+        word: str | None = None
+        joint: tuple[str, ...] = ()
+        open_is_learnt = is_learnt
         for text in texts:
-            parts = text.split(" ") if joint or text[:1] != " " else _start_parts(text)
+            at_start = word is None and not joint
+            parts = _start_parts(text) if at_start and text[:1] == " " else text.split(" ")
             if len(parts) > 1:
-                closed = (*joint, parts[0]) if parts[0] else joint
                 try:
-                    more, more_learnt = self._closed(words, closed, joint_is_learnt, context)
-                    inner = words.count(parts[1:-1])
+                    if word is not None and not parts[0]:
+                        more = lookup(word)
+                        more_learnt = more if open_is_learnt else 0
+                    else:
+                        pieces = joint if word is None else (f" {word}",)
+                        closed = (*pieces, parts[0]) if parts[0] else pieces
+                        more, more_learnt = self._closed(words, closed, open_is_learnt, context)
+                    inner = sum(map(lookup, parts[1:-1]))
                 except UncleanError:
-                    parts = self._careful(words, text, joint)
-                    closed = (*joint, parts[0]) if parts[0] else joint
+                    pieces = joint if word is None else (f" {word}",)
+                    parts = self._careful(words, text, at_start=at_start)
+                    closed = (*pieces, parts[0]) if parts[0] else pieces
                     if len(parts) == 1:
-                        joint, is_learnt = closed, not is_learnt
+                        word, joint, is_learnt = None, closed, not is_learnt
                         continue
-                    more, more_learnt = self._closed(words, closed, joint_is_learnt, context)
+                    more, more_learnt = self._closed(words, closed, open_is_learnt, context)
                     inner = words.count(parts[1:-1])
                 total, learnt = total + more + inner, learnt + more_learnt
                 if is_learnt:
                     learnt += inner
-                joint, joint_is_learnt, context = (f" {parts[-1]}",), is_learnt, "word"
+                word, joint, open_is_learnt, context = parts[-1], (), is_learnt, "word"
             else:
-                joint += (text,)
+                joint = (*joint, text) if word is None else (f" {word}", text)
+                word = None
             is_learnt = not is_learnt
-        more, more_learnt = self._joint(joint, joint_is_learnt, context)
+        more, more_learnt = self._joint(
+            joint if word is None else (f" {word}",), open_is_learnt, context
+        )
         return total + more, learnt + more_learnt
 
-    def _careful(self, words: Words, text: str, joint: tuple[str, ...]) -> list[str]:
+    def _careful(self, words: Words, text: str, *, at_start: bool) -> list[str]:
         """Cuts a text that has blanks behind which, or in front of which, no word may end."""
-        if joint or text[:1] != " ":
+        if not at_start or text[:1] != " ":
             return words.cut(text)
         head, *rest = words.cut(text[1:])
         return [f" {head}", *rest]
 
     def _closed(
-        self, words: Words, pieces: tuple[str, ...], is_learnt: bool, context: _Context
+        self, words: Words, pieces: tuple[str, ...], is_learnt: bool, context: Context
     ) -> tuple[int, int]:
         """Returns the same as `_joint` for a word behind which there is a blank."""
         if len(pieces) == 1 and context == "word":
-            word = pieces[0][1:]
-            number = words.table.get(word)
-            if number is None:
-                number = words.count([word])
+            number = words.lookup(pieces[0][1:])
             return number, number if is_learnt else 0
         found = self._closed_joints.get((context, is_learnt, pieces))
         if found is None:
@@ -192,7 +246,7 @@ class TokenCounter:
         return found
 
     def _joint(
-        self, pieces: tuple[str, ...], is_learnt: bool, context: _Context
+        self, pieces: tuple[str, ...], is_learnt: bool, context: Context
     ) -> tuple[int, int]:
         """Returns tokens and target tokens of one word in pieces, every other of them learnt."""
         if len(pieces) == 1 and context == "word" and self._words is not None:
@@ -208,7 +262,7 @@ class TokenCounter:
         return found
 
     def _tokenise_joint(
-        self, pieces: tuple[str, ...], is_learnt: bool, context: _Context
+        self, pieces: tuple[str, ...], is_learnt: bool, context: Context
     ) -> tuple[int, int]:
         words = self._words
         assert words is not None
@@ -230,7 +284,7 @@ class TokenCounter:
         return total + more, learnt + more_learnt
 
     def _section(
-        self, words: Words, context: _Context, section: list[tuple[str, bool]]
+        self, words: Words, context: Context, section: list[tuple[str, bool]]
     ) -> tuple[int, int]:
         """Returns tokens and target tokens of a text in pieces, behind what `context` says."""
         if not section:
@@ -244,7 +298,10 @@ class TokenCounter:
             front = {"start": "", "word": ANCHOR, "special": words.a_special}[context]
             run = [Segment(text=front)] if front else []
             run += [Segment(text=text, is_target=flag) for text, flag in section]
-            ids, mask = self._encoder.tokenise_text(run)
+            try:
+                ids, mask = self._encoder.tokenise_text(run)
+            except RowError as error:  # of a text made up to be counted: the row may be fine
+                raise UncleanError from error
             found = int(ids.size) - words.front_tokens(front), int(mask.sum())
             if len(self._sections) < _MAX_JOINTS:
                 self._sections[key] = found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from pathlib import Path
 
 from vistune.data.image import ImagePlan, probe
 from vistune.data.image_file import require_file
@@ -110,7 +109,7 @@ def _png_size(head: bytes) -> tuple[int, int] | None:
 
 
 class Sizes:
-    """Sizes of images under one plan; a file that several rows name is read once.
+    """Sizes of one source's images under one plan; a file that several rows name is read once.
 
     Args:
         plan: Carries the limit on the number of pixels.
@@ -118,7 +117,7 @@ class Sizes:
 
     def __init__(self, plan: ImagePlan) -> None:
         self._plan = plan
-        self._known: dict[Path, tuple[int, int]] = {}
+        self._known: dict[str, tuple[int, int]] = {}  # by name: paths are slow to hash
 
     def of(self, image: ImageRef) -> tuple[int, int]:
         """Returns (height, width) of an image.
@@ -128,7 +127,7 @@ class Sizes:
         """
         if image.span is not None or image.content is not None:
             return probe(image, self._plan)
-        size = self._known.get(image.path)
+        size = self._known.get(image.name)
         if size is not None:
             return size
         size = plain_size(image.path)
@@ -139,5 +138,5 @@ class Sizes:
             self._plan.check_size(*size, name=image.name)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        self._known[image.path] = size
+        self._known[image.name] = size
         return size

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,25 @@ class _Added:
         return text[-1:] in self.last_chars and text.endswith(self.texts)
 
 
+class _Table(dict[str, int]):
+    """A table whose missing words are asked for one by one.
+
+    So a list of words is summed in one pass, whether all of them were met before or not.
+    """
+
+    def __init__(self, learn: Callable[[str], int], is_clean: Callable[[str], bool]) -> None:
+        self._learn = learn
+        self._is_clean = is_clean
+
+    def __missing__(self, word: str) -> int:
+        if not self._is_clean(word):
+            raise UncleanError
+        number = self._learn(word)
+        if len(word) <= _MAX_WORD_CHARS and len(self) < _MAX_WORDS:
+            self[word] = number
+        return number
+
+
 class Words:
     """Tokens of words, each with the blank in front of it; filled as words are met.
 
@@ -115,8 +135,10 @@ class Words:
         pairs: frozenset[str] | None,
         forbidden_id: int,
     ) -> None:
-        self.table: dict[str, int] = {}
+        self.table = _Table(self._learn, self.is_clean)
         """Tokens of the clean words met so far."""
+        self.lookup = self.table.__getitem__
+        """Returns the tokens of a word behind which there is a blank, or raises UncleanError."""
         self._backend = backend
         self._added = _Added.of(added)
         self._pairs = pairs
@@ -155,37 +177,20 @@ class Words:
             forbidden_id=forbidden_id,
         )
 
-    def count(self, words: list[str]) -> int:
+    def count(self, words: Sequence[str]) -> int:
         """Returns the tokens of words, each with a blank in front.
 
         Raises:
             UncleanError: A blank may not be cut at behind one of them.
         """
-        table = self.table
-        try:
-            return sum(map(table.__getitem__, words))
-        except KeyError:
-            others = self._meet({word for word in words if word not in table})
-        if not others:
-            return sum(map(table.__getitem__, words))
-        return sum([others[word] if word in others else table[word] for word in words])
-
-    def _meet(self, words: set[str]) -> dict[str, int]:
-        """Learns words; returns those for which there is no room in the table."""
-        others: dict[str, int] = {}
-        for word in words:
-            if not self.is_clean(word):
-                raise UncleanError
-            has_room = len(word) <= _MAX_WORD_CHARS and len(self.table) < _MAX_WORDS
-            (self.table if has_room else others)[word] = self._learn(word)
-        return others
+        return sum(map(self.lookup, words))
 
     def _learn(self, word: str) -> int:
         if self._pairs is not None and word[-1:] in _MARK_CHARS and not self._added.may_be_in(word):
             # Marks at the end of a word are often tokens of their own: "door," is "door" and ",".
             core = word.rstrip(_MARKS)
             if core and core[-1] + word[len(core)] not in self._pairs:
-                return self.count([core]) + self._count_marks(core[-1], word[len(core) :])
+                return self.lookup(core) + self._count_marks(core[-1], word[len(core) :])
         if self._model is not None and not self._added.may_be_in(word):
             return len(self._model.tokenize("▁" + word.replace(" ", "▁")))
         ids = self._backend.encode(f"{ANCHOR} {word}", add_special_tokens=False).ids
@@ -197,7 +202,7 @@ class Words:
         """Returns the tokens of a word where the text ends, or a special token follows."""
         number = self.table.get(word)
         if number is None:
-            number = self.count([word]) if self.is_clean(word) else self._learn(word)
+            number = self.lookup(word) if self.is_clean(word) else self._learn(word)
         return number
 
     def front_tokens(self, front: str) -> int:
@@ -214,7 +219,21 @@ class Words:
             for other in self._plain
             for head in heads
         )
-        return "" if overlaps else text
+        inside = any(text in other for other in self._plain if other != text)
+        return "" if overlaps or inside else text
+
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Returns where special tokens stand in a text that others may follow or precede.
+
+        Raises:
+            UncleanError: What precedes or follows may make another special token of one of them.
+        """
+        spans = []
+        for match in [] if self._special is None else self._special.finditer(text):
+            if not self.plain_end(match.group()):
+                raise UncleanError
+            spans.append(match.span())
+        return spans
 
     def sections(self, text: str) -> list[str]:
         """Returns what stands between the special tokens in a text."""

@@ -69,18 +69,15 @@ class ImageFolder:
         Raises:
             RowError: The name leads out of the folder.
         """
-        if _ADDRESS.match(name):
+        if ":" in name and _ADDRESS.match(name):
             raise RowError(
                 f"{name[:80]!r} is an address or the image itself, not the name of a file",
                 reason="image_is_url",
                 fix="save the image as a file and name it; http(s) addresses can be allowed in"
                 " data.train[].urls",
             )
-        try:
-            if not name or b"\0" in os.fsencode(name):
-                raise _bad_name(name, "is no file name")
-        except UnicodeEncodeError as error:
-            raise _bad_name(name, "is no file name") from error
+        if not name or "\0" in name or not (name.isascii() or _is_encodable(name)):
+            raise _bad_name(name, "is no file name")
         given = name
         if absolute and name.startswith(self._root + os.sep):
             name = name[len(self._root) + 1 :]
@@ -107,6 +104,14 @@ class ImageFolder:
     def _holds(self, real: str) -> bool:
         root = self._root.rstrip(os.sep)
         return real == root or real.startswith(root + os.sep)
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _outside(name: str, why: str) -> RowError:
@@ -194,7 +199,10 @@ def conversation(
     out: list[Turn] = []
     seen = 0
     for speaker, text in [*system, *rest]:
-        if speaker != "user" and IMAGE_MARK in text:
+        if IMAGE_MARK not in text:
+            out.append(Turn(speaker, (text,) if text else ()))
+            continue
+        if speaker != "user":
             who = "an answer" if speaker == "assistant" else "a system prompt"
             raise RowError(
                 f"{IMAGE_MARK} stands in {who}",
@@ -215,6 +223,11 @@ def _check_turns(turns: list[tuple[Speaker, str]]) -> None:
         raise RowError(
             "the conversation has no question", reason="empty_conversation", fix="drop the row"
         )
+    speakers = [speaker for speaker, _ in turns]
+    if speakers == ["user", "assistant"] * (len(turns) // 2) and not any(
+        [not text or text.isspace() for _, text in turns[1::2]]
+    ):
+        return
     for index, (speaker, text) in enumerate(turns):
         expected = "user" if index % 2 == 0 else "assistant"
         if speaker != expected:

@@ -85,18 +85,26 @@ class JsonRowReader:
                 got=type(content).__name__,
                 fix="drop the row",
             )
-        id = row_id(content.get("id"), stem=self._stem, row=row)
+        id: object = content.get("id")
         try:
             meant = self._interpret(content)
-            id = row_id(meant.id, stem=self._stem, row=row)
+            id = meant.id
             images = tuple(
                 self._images.ref(image, where=where, number=k)
                 for k, image in enumerate(meant.images)
             )
             turns, notes = conversation(meant.turns, num_images=len(images))
         except RowError as error:
-            raise error.at(f"{where} (id {id})") from error
-        return Sample(id=id, source=self.name, where=where, turns=turns, images=images, notes=notes)
+            known = row_id(id, stem=self._stem, row=row)
+            raise error.at(f"{where} (id {known})") from error
+        return Sample(
+            id=row_id(id, stem=self._stem, row=row),
+            source=self.name,
+            where=where,
+            turns=turns,
+            images=images,
+            notes=notes,
+        )
 
 
 def open_rows(path: Path, *, max_rows: int | None) -> JsonRows | ParquetRows:

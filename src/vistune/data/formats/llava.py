@@ -15,7 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vistune.data.formats.json_rows import RowContent, image_names, said_by, text_of, turn_list
+from vistune.data.formats.json_rows import (
+    SPEAKERS,
+    RowContent,
+    image_names,
+    said_by,
+    text_of,
+    turn_list,
+)
 from vistune.data.formats.rendering import marked, one_or_list
 from vistune.types import Sample, Speaker, Turn
 
@@ -28,8 +35,15 @@ def interpret(row: dict[str, Any]) -> RowContent:
 
 def from_value_turns(row: dict[str, Any]) -> list[tuple[Speaker, str]]:
     """Returns who says what under `conversations`, written as `from` and `value`."""
+    turns = turn_list(row.get("conversations"), key="conversations")
+    try:
+        said = [(SPEAKERS[turn["from"]], turn["value"]) for turn in turns]
+    except (KeyError, TypeError):
+        said = []  # something is wrong with one of them
+    if len(said) == len(turns) and all([type(text) is str for _, text in said]):
+        return said
     out: list[tuple[Speaker, str]] = []
-    for k, turn in enumerate(turn_list(row.get("conversations"), key="conversations")):
+    for k, turn in enumerate(turns):
         text = text_of(turn, "value", turn=k)
         out.append((said_by(turn.get("from"), turn=k), text))
     return out

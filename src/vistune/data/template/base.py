@@ -34,6 +34,25 @@ class Segment:
     is_template: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template writes around turns, where that is the same around every turn.
+
+    Each field is texts in reading order, with whether they are learnt.
+
+    Args:
+        first: In front of the first question.
+        answer: Between a question and its answer.
+        ask: Between an answer and the next question.
+        end: Behind the last answer.
+    """
+
+    first: tuple[tuple[str, bool], ...]
+    answer: tuple[tuple[str, bool], ...]
+    ask: tuple[tuple[str, bool], ...]
+    end: tuple[tuple[str, bool], ...]
+
+
 Stretch: TypeAlias = tuple[str, bool] | int
 """Text and whether it is learnt, or the index of an image."""
 
@@ -92,6 +111,18 @@ class ChatTemplate(Section):
             for segment in self.segments(turns, system)
         ]
 
+    def frame(self, system: str | None = None) -> Frame | None:
+        """Returns what stands around the turns of a conversation without a system turn.
+
+        Args:
+            system: As in `segments`.
+
+        Returns:
+            The texts, or None where they depend on more than who speaks. They hold for turns of
+            user and assistant in turn whose answers are not empty.
+        """
+        return None
+
 
 def split_system(
     turns: Sequence[Turn], system: str | None, default: str | None
@@ -117,7 +148,7 @@ def check_order(turns: Sequence[Turn]) -> None:
         RowError: Two turns of one speaker follow each other, or an answer comes first.
     """
     for index, turn in enumerate(turns):
-        expected = "user" if index % 2 == 0 else "assistant"
+        expected = "assistant" if index % 2 else "user"
         if turn.speaker != expected:
             raise RowError(
                 f"turn {index} is not the {expected}'s",
@@ -126,11 +157,14 @@ def check_order(turns: Sequence[Turn]) -> None:
                 expected=expected,
                 fix="merge neighbouring turns of one speaker, or drop the row",
             )
-        if expected == "assistant" and any(isinstance(part, int) for part in turn.parts):
-            raise RowError(
-                f"turn {index} is an answer and holds an image",
-                reason="image_token_in_answer",
-                fix="take <image> out of the answer",
-            )
+        if expected == "user":
+            continue
+        for part in turn.parts:
+            if isinstance(part, int):
+                raise RowError(
+                    f"turn {index} is an answer and holds an image",
+                    reason="image_token_in_answer",
+                    fix="take <image> out of the answer",
+                )
     if not turns:
         raise RowError("there is no turn", reason="empty_conversation", fix="drop the row")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from vistune.data.template.base import (
     ChatTemplate,
+    Frame,
     Segment,
     Stretch,
     check_order,
@@ -115,6 +116,22 @@ class PieceTemplate(ChatTemplate):
                 text = self.answer_gap
         out.append((text, False))
         return [stretch for stretch in out if isinstance(stretch, int) or stretch[0]]
+
+    def frame(self, system: str | None = None) -> Frame | None:
+        """Returns what stands around turns. See `ChatTemplate.frame`."""
+        if self.caption_only:
+            return None
+        prompt = self.system_default if system is None else system
+        block = "" if not prompt else f"{self.system_open}{prompt}{self.system_close}"
+        reopen = self.user_open if self.user_reopen is None else self.user_reopen
+        first = (self.user_open, block) if self.system_in_user else (block, self.user_open)
+        cue, close = (self.user_close + self.answer_cue, False), (self.answer_close, True)
+        return Frame(
+            first=(("".join(first), False),),
+            answer=(cue, (self.answer_open, True)),
+            ask=(close, (self.answer_gap + reopen, False)),
+            end=(close, (self.answer_gap, False)),
+        )
 
     def _answer(self, out: list[Segment], turn: Turn) -> None:
         _write(out, self.answer_cue)
