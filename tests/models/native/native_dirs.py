@@ -122,20 +122,187 @@ def _qwen2_vl(tokenizer: Any) -> Any:
     )
 
 
+def _qwen(config_class: str, vision: dict[str, Any], text: dict[str, Any]) -> Callable[[Any], Any]:
+    """Returns what makes a tiny config of the later Qwens, which differ by their tower."""
+
+    def make(tokenizer: Any) -> Any:
+        start, end, image, video = _ids(tokenizer, *_QWEN_SPECIALS)
+        return getattr(transformers, config_class)(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                },
+                "bos_token_id": None,
+                "eos_token_id": None,
+                **text,
+            },
+            vision_config={
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 32,
+                **vision,
+            },
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+
+    return make
+
+
+_GLM_SPECIALS = (
+    "[gMASK]",
+    "<sop>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+_GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""It writes nothing behind an answer: the next turn's mark ends it."""
+
+
+def _glm4v(tokenizer: Any) -> Any:
+    names = ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video", "image", "video")
+    ids = _ids(tokenizer, *(f"<|{name}|>" for name in names))
+    return transformers.Glm4vConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [1, 1, 2],
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 32,
+        },
+        image_start_token_id=ids[0],
+        image_end_token_id=ids[1],
+        video_start_token_id=ids[2],
+        video_end_token_id=ids[3],
+        image_token_id=ids[4],
+        video_token_id=ids[5],
+    )
+
+
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_QWEN_TEMPLATE = CHATML.replace("@IMAGE@", "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def _patches(class_name: str, **values: Any) -> dict[str, Any]:
+    return {
+        "image_processor_type": class_name,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": _CLIP_MEAN,
+        "image_std": _CLIP_STD,
+        **values,
+    }
+
+
+_QWEN3_TEXT = {"head_dim": 8}
+_QWEN3_VISION = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+
 KINDS: dict[str, Kind] = {
     "qwen2_vl": Kind(
         specials=_QWEN_SPECIALS,
-        template=CHATML.replace("@IMAGE@", "<|vision_start|><|image_pad|><|vision_end|>"),
+        template=_QWEN_TEMPLATE,
         config=_qwen2_vl,
-        processor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": {"shortest_edge": 8 * 8, "longest_edge": 24 * 8 * 8},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-        },
+        processor=_patches(
+            "Qwen2VLImageProcessor", size={"shortest_edge": 8 * 8, "longest_edge": 24 * 8 * 8}
+        ),
         model_class="Qwen2VLForConditionalGeneration",
+    ),
+    "qwen2_5_vl": Kind(
+        specials=_QWEN_SPECIALS,
+        template=_QWEN_TEMPLATE,
+        config=_qwen(
+            "Qwen2_5_VLConfig",
+            # Windows of 2 x 2 tokens, so that images have whole ones and broken ones.
+            vision={"window_size": 16, "fullatt_block_indexes": [1]},
+            text={"tie_word_embeddings": True},
+        ),
+        processor=_patches("Qwen2VLImageProcessor", min_pixels=8 * 8, max_pixels=24 * 8 * 8),
+        model_class="Qwen2_5_VLForConditionalGeneration",
+    ),
+    "qwen3_vl": Kind(
+        specials=_QWEN_SPECIALS,
+        template=_QWEN_TEMPLATE,
+        config=_qwen("Qwen3VLConfig", vision=_QWEN3_VISION, text=_QWEN3_TEXT),
+        processor=_patches(
+            "Qwen2VLImageProcessorFast", size={"shortest_edge": 8 * 8, "longest_edge": 24 * 8 * 8}
+        ),
+        model_class="Qwen3VLForConditionalGeneration",
+    ),
+    "qwen3_vl_moe": Kind(
+        specials=_QWEN_SPECIALS,
+        template=_QWEN_TEMPLATE,
+        config=_qwen(
+            "Qwen3VLMoeConfig",
+            vision=_QWEN3_VISION,
+            text={
+                **_QWEN3_TEXT,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+            },
+        ),
+        processor=_patches(
+            "Qwen2VLImageProcessorFast", size={"shortest_edge": 8 * 8, "longest_edge": 24 * 8 * 8}
+        ),
+        model_class="Qwen3VLMoeForConditionalGeneration",
+    ),
+    "glm4v": Kind(
+        specials=_GLM_SPECIALS,
+        template=_GLM_TEMPLATE,
+        config=_glm4v,
+        processor=_patches(
+            "Glm4vImageProcessor", size={"shortest_edge": 2 * 8 * 8, "longest_edge": 48 * 8 * 8}
+        ),
+        model_class="Glm4vForConditionalGeneration",
     ),
 }

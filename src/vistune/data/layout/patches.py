@@ -40,7 +40,9 @@ class PatchLayout(ImageLayout):
     max_pixels: PositiveInt
     """Larger images are shrunk to at most this area."""
     frames: PositiveInt = 1
-    """Frames that the bounds on the area are for: images count as this many (GLM-4.1V)."""
+    """Frames an image counts as where its area is held against the bounds (2 for GLM-4.1V)."""
+    enlarge_first: bool = False
+    """A side below that of a token is enlarged before anything else is looked at (GLM-4.1V)."""
 
     @model_validator(mode="after")
     def _bounds(self) -> PatchLayout:
@@ -56,17 +58,17 @@ class PatchLayout(ImageLayout):
 
         Source: the public Qwen2-VL and GLM-4V image processors.
         """
-        if max(height, width) > _MOST_ELONGATED * min(height, width):
+        side = self.patch_px * self.merge
+        shown = height, width
+        if self.enlarge_first and min(height, width) < side:
+            scale = max(side / height, side / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) / min(height, width) > _MOST_ELONGATED:
             raise unusual_shape(
-                height,
-                width,
+                *shown,
                 why=f"one side is more than {_MOST_ELONGATED} times the other",
                 fix="cut the image into pieces",
             )
-        side = self.patch_px * self.merge
-        if self.frames > 1 and min(height, width) < side:  # GLM enlarges before it rounds
-            scale = max(side / height, side / width)
-            height, width = int(height * scale), int(width * scale)
         rows, columns = round(height / side) * side, round(width / side) * side
         area, own = self.frames * rows * columns, self.frames * height * width
         if area > self.max_pixels:
@@ -127,20 +129,19 @@ class PatchLayout(ImageLayout):
         return [image.resize((columns, rows), resample=Image.Resampling.BICUBIC)]
 
     def limited(self, max_tokens: int) -> PatchLayout:
-        """Returns the layout with the bounds on the area lowered to `max_tokens` tokens."""
+        """Returns the layout with the bounds on the area lowered to `max_tokens` tokens.
+
+        Sides are whole numbers of tokens, so a very elongated image may still become more.
+        """
         if max_tokens < 1:
             raise DataError("an image needs a token", where="data.image.max_tokens", got=max_tokens)
         most = min(self.max_pixels, self.frames * max_tokens * (self.patch_px * self.merge) ** 2)
-        size: dict[str, Any] = {
-            "shortest_edge": min(self.min_pixels, most),
-            "longest_edge": most,
-        }
+        # Sides are rounded up where an image is enlarged: a quarter leaves room for that.
+        least = min(self.min_pixels, max(1, most // 4))
+        size: dict[str, Any] = {"shortest_edge": least, "longest_edge": most}
+        processor = {**self.processor, "size": size}
         return self.model_copy(
-            update={
-                "min_pixels": size["shortest_edge"],
-                "max_pixels": most,
-                "processor": {**self.processor, "size": size},
-            }
+            update={"min_pixels": least, "max_pixels": most, "processor": processor}
         )
 
 

@@ -56,6 +56,9 @@ class JinjaTemplate(ChatTemplate):
     """Text put in front of an image's tokens, to be tokenised with what stands before it."""
     image_close: str = ""
     """Text put behind them."""
+    closing: str = ""
+    """Special token put behind the last answer, where the template ends an answer only by what
+    opens the next turn (GLM)."""
 
     def segments(
         self,
@@ -118,6 +121,8 @@ class JinjaTemplate(ChatTemplate):
             here, there = start + len(content), at + len(mark)
             following = marked.find(f"{_OPEN}a", there)
             tail = marked[there : len(marked) if following < 0 else following]
+            if not tail:
+                plain, marked, tail = plain + self.closing, marked + self.closing, self.closing
             spans.append((self._start(messages[:i], plain, start), here + self._end(tail)))
         if marked[there:] != plain[here:]:
             self._refuse("the text behind an answer is changed")
@@ -213,15 +218,19 @@ def template_of(
         image_open=image_open,
         image_close=image_close,
     )
-    stop = [*_ends(template), *([tokenizer.eos_token] if tokenizer.eos_token else [])]
+    ends = _ends(template, (Turn("user", ("Hi",)), Turn("assistant", ("Hello",))))
+    if not ends:
+        rounds = (Turn("user", ("Hi",)), Turn("assistant", ("Hello",)), Turn("user", ("So?",)))
+        ends = _ends(template, rounds)
+        template = template.model_copy(update={"closing": ends[0] if ends else ""})
+    stop = [*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])]
     return template.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
 
 
-def _ends(template: JinjaTemplate) -> list[str]:
+def _ends(template: JinjaTemplate, turns: Sequence[Turn]) -> list[str]:
     # What ends an answer is often not the tokenizer's end of text (Llama-3: <|eot_id|>).
-    probe = (Turn("user", ("Hi",)), Turn("assistant", ("Hello",)))
     try:
-        segments = template.segments(probe)
+        segments = template.segments(turns)
     except RowError:
         return []  # rows will be refused for the same reason, by name
     said = "".join(segment.text for segment in segments if segment.is_target)

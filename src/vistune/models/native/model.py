@@ -20,6 +20,7 @@ from vistune.models.native.contract import NativeFamily
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
+_FEATURES = ("pooler_output", "deepstack_features")  # Qwen3-VL adds some at deeper layers
 
 
 class NativeVLM(nn.Module):
@@ -166,6 +167,12 @@ class NativeVLM(nn.Module):
         shape, shapes = self.family.blank(self.config)
         blank = self._cast(torch.zeros(shape, device=like.device))
         out = self.inner.model.get_image_features(**self.family.image_inputs(blank, shapes))
-        features = out.pooler_output
-        parts = features if isinstance(features, (list, tuple)) else [features]
+        parts = [part for name in _FEATURES for part in _tensors(out.get(name))]
         return torch.stack([part.float().sum() for part in parts]).sum().to(like.dtype) * 0.0
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors of a nest of lists."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [] if value is None else [value]

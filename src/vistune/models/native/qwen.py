@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches at an image's own shape, positions on three axes."""
+"""Images at their own shape as patches, positions on three axes: Qwen2-VL and later, GLM-4.1V."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ class Patches:
         open_text: The token in front of an image.
         image_text: The image token.
         close_text: The token behind an image.
+        connector: Modules of the tower that fold patches into tokens.
+        counts_frames: The bounds on an image's area are for as many frames as one patch spans, and
+            what is smaller than a token is enlarged first.
     """
 
     model_types: tuple[str, ...]
     open_text: str
     image_text: str
     close_text: str
+    connector: tuple[str, ...]
+    counts_frames: bool = False
 
     @property
     def image_marks(self) -> tuple[str, str, str]:
@@ -41,7 +46,7 @@ class Patches:
         """Module paths: what folds patches into tokens is the connector."""
         return ModuleMap(
             vision=("model.visual",),
-            connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+            connector=self.connector,
             language=("model.language_model",),
             head=("lm_head",),
         )
@@ -64,11 +69,12 @@ class Patches:
             ModelError: The processor's file does not say how large images may be.
         """
         size = dict(processor.get("size") or {})
-        bounds = [
-            processor.get("min_pixels") or size.get("shortest_edge"),
-            processor.get("max_pixels") or size.get("longest_edge"),
-        ]
-        if None in bounds:
+        # Older files have the bounds at the top, or under other names inside of `size`.
+        least = _first(
+            processor.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")
+        )
+        most = _first(processor.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
+        if least is None or most is None:
             raise ModelError(
                 "the image processor's file does not say how large images may be",
                 where="preprocessor_config.json",
@@ -77,16 +83,20 @@ class Patches:
             )
         grid = self.grid(config)
         marks = tokenizer.convert_tokens_to_ids([self.open_text, self.close_text])
+        values = {n: v for n, v in processor.items() if n not in ("min_pixels", "max_pixels")}
+        frames = int(config.vision_config.temporal_patch_size) if self.counts_frames else 1
         return {
             "kind": "patches",
             "image_token_id": self.image_token_id(config),
             "before": marks[:1],
             "after": marks[1:],
-            "processor": dict(processor),
+            "processor": {**values, "size": {"shortest_edge": least, "longest_edge": most}},
             "patch_px": grid.patch_px,
             "merge": grid.downsample,
-            "min_pixels": bounds[0],
-            "max_pixels": bounds[1],
+            "min_pixels": least,
+            "max_pixels": most,
+            "frames": frames,
+            "enlarge_first": self.counts_frames,
         }
 
     def image_inputs(
@@ -109,10 +119,24 @@ class Patches:
         return (merge**2, values), ((1, merge, merge),)
 
 
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
 QWEN = Patches(
-    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     open_text="<|vision_start|>",
     image_text="<|image_pad|>",
     close_text="<|vision_end|>",
+    connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+)
+GLM = Patches(
+    ("glm4v",),
+    open_text="<|begin_of_image|>",
+    image_text="<|image|>",
+    close_text="<|end_of_image|>",
+    connector=("model.visual.downsample", "model.visual.merger"),
+    counts_frames=True,
 )
 register(QWEN)
+register(GLM)
