@@ -1,6 +1,6 @@
 """Predicted and measured peak memory over a grid of models, tuning modes and row lengths.
 
-    python bench/h200/plan_grid.py [--limit-s 120] [--only SUBSTRING] [--tiny]
+    python bench/h200/plan_grid.py [--limit-s 300] [--only SUBSTRING] [--tiny]
 
 Every configuration builds its model of random numbers on the device (nothing is read or written),
 runs two optimizer steps on one drawn row through the functions that training runs (`LossModule`,
@@ -122,14 +122,17 @@ GRID = (
     Case("3b", "frozen", 16384),
     Case("3b", "lora-fp8", 8192),
     Case("3b", "full", 4096),
+    Case("3b", "full", 16384, layers=26),
     Case("7b", "frozen", 19456),
     Case("7b", "frozen-fp8", 8192),
     Case("7b", "lora", 12288),
     Case("7b", "lora", 16384, layers=16),
     Case("13b", "frozen", 19456, layers=40),
     Case("13b", "lora", 8192),
+    Case("1.1b", "qlora-nf4", 8192),
     Case("7b", "qlora-nf4", 4096),
     Case("7b", "qlora-int8", 4096, optimizer="adamw_8bit"),
+    Case("13b", "qlora-nf4", 8192, layers=40),
 )
 
 
@@ -276,7 +279,7 @@ def _train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit-s", type=float, default=120.0, help="start no case after this")
+    parser.add_argument("--limit-s", type=float, default=300.0, help="start no case after this")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
