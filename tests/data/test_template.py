@@ -243,6 +243,29 @@ def test_own_template_renders_as_transformers_does() -> None:
         assert text == expected
 
 
+def test_an_answer_that_only_the_next_turn_ends() -> None:
+    class Stub:
+        chat_template: Any = (
+            "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        )
+        special_tokens_map = {"eos_token": "<|end|>"}
+        added_tokens_decoder: dict[int, Any] = {}
+        all_special_tokens = ["[gMASK]", "<|user|>", "<|assistant|>", "<|end|>"]
+        eos_token = "<|end|>"
+
+    template = template_of(Stub())
+    assert (template.closing, template.stop) == ("<|user|>", ("<|user|>", "<|end|>"))
+    turns = (TURNS[0], TURNS[1], TURNS[2], TURNS[3])
+    text = show(template.segments(turns))
+    assert text == (
+        "[gMASK]<|user|>\n<image>\nQ1<|assistant|>\n⟦A1<|user|>⟧\nQ2<|assistant|>\n⟦A2<|user|>⟧"
+    )
+    # While the model is asked, nothing is put behind the question.
+    asked = show(template.segments(turns[:3], add_generation_prompt=True))
+    assert asked.endswith("\nQ2<|assistant|>\n")
+
+
 def test_template_of_a_tokenizer() -> None:
     class Stub:
         chat_template: Any = CHATML
