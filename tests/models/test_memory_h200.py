@@ -15,8 +15,7 @@ from plan_grid import Case, draw_row, facts_of
 
 from vistune import _compat
 from vistune.models.memory import RowSize, memory_model
-from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
-from vistune.recipe.schema import ConnectorConfig
+from vistune.recipe import ConnectorConfig, ModelConfig, TrainConfig, TuneConfig
 
 pytestmark = pytest.mark.slow
 

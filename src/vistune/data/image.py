@@ -36,7 +36,7 @@ Triple: TypeAlias = tuple[float, float, float]
 ImageLike: TypeAlias = ImageRef | Image.Image
 
 _PILLOW_LIMIT = 178_956_970  # above this Pillow itself refuses to open a file
-_RESAMPLE = {
+RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -170,7 +170,7 @@ class ImagePlan(Section):
         """Returns the image as the tower sees it, before normalisation (mode RGB)."""
         if self.decode != "exact":
             return Image.fromarray(np.ascontiguousarray(self._vector_square(image)[:, :, :3]))
-        size, resample = self.size_px, _RESAMPLE[self.resample]
+        size, resample = self.size_px, RESAMPLE[self.resample]
         if self.mode == "resize":
             return image.resize((size, size), resample=resample)
         if self.mode == "pad":
@@ -221,10 +221,10 @@ class ImagePlan(Section):
         # bits, then rows: a row of one colour stays that colour (its filter's integer weights add
         # up to 1 within 1e-5), so only the picture's own rows need the first pass.
         width, height = image.size
-        narrow = image.resize((self.size_px, height), resample=_RESAMPLE[self.resample])
+        narrow = image.resize((self.size_px, height), resample=RESAMPLE[self.resample])
         tall = Image.new("RGB", (self.size_px, width), self.pad_colour)
         tall.paste(narrow, (0, (width - height) // 2))
-        return tall.resize((self.size_px, self.size_px), resample=_RESAMPLE[self.resample])
+        return tall.resize((self.size_px, self.size_px), resample=RESAMPLE[self.resample])
 
     def _padded(self, image: Image.Image) -> Image.Image:
         width, height = image.size

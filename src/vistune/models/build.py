@@ -16,7 +16,7 @@ from vistune.models.connector_weights import load_connector
 from vistune.models.connectors import build_connector, initialise_connector
 from vistune.models.facts import ModelFacts, language_family
 from vistune.models.language.decoder import load_language_model
-from vistune.models.towers.families import tower_width
+from vistune.models.towers.families import features_width
 from vistune.models.towers.load import is_left_out, load_tower
 from vistune.recipe import ModelConfig
 
@@ -52,7 +52,7 @@ def build_model(
     fold = config.connector.pixel_shuffle
     connector = build_connector(
         config.connector.kind,
-        num_in=tower_width(facts.vision_config) * fold**2,
+        num_in=features_width(facts.vision_config, facts.tower) * fold**2,
         num_out=int(facts.text_config.hidden_size),
     )
     initialise_connector(connector, seed=seed)
@@ -73,6 +73,8 @@ def build_model(
         connector=connector.to(dtype),
         language_model=language_model,
     )
+    if config.tiles is not None:
+        model.add_tiles(config.tiles, seed=seed)
     model.eval()
     return model
 

@@ -23,22 +23,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vistune import _compat
 from vistune.errors import ModelError
+from vistune.models.anyres import Tiles, new_tiles
 from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.connectors import build_connector
 from vistune.models.contract import ModuleMap
 from vistune.models.facts import vision_config_from
 from vistune.models.fused.trunk import FusedTrunk
 from vistune.models.language.decoder import check_config, logits_of
+from vistune.models.splice import image_places
 from vistune.models.towers.families import (
     TowerPlan,
+    features_width,
     pixel_shuffle,
     to_state,
     tower_features,
     tower_grid,
-    tower_width,
 )
 from vistune.models.towers.load import build_tower
-from vistune.types import Tail, VisionGrid
+from vistune.recipe import TilesConfig
+from vistune.types import ImageShape, Tail, VisionGrid
 
 
 class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -53,6 +56,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         image_token_id: Id that stands where image embeddings go.
         image_embed_scale: Factor on image embeddings; a language model whose embedding module
             scales what it looks up (Gemma) has the same scale for images.
+        tiles: How images are cut into tiles, as values of `model.tiles`; None when they are not.
     """
 
     model_type = "vistune_composed"
@@ -67,6 +71,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         pixel_shuffle: int = 1,
         image_token_id: int = 0,
         image_embed_scale: float = 1.0,
+        tiles: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(vision_config, dict):
@@ -80,6 +85,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.pixel_shuffle = pixel_shuffle
         self.image_token_id = image_token_id
         self.image_embed_scale = image_embed_scale
+        self.tiles = tiles
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -87,7 +93,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
     def tower_plan(self) -> TowerPlan:
         """Which part of the encoder is used."""
         assert self.tower is not None
-        return TowerPlan(**self.tower)
+        return TowerPlan(**{**self.tower, "scales": tuple(self.tower.get("scales", ()))})
 
     @classmethod
     def compose(
@@ -100,6 +106,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         pixel_shuffle: int,
         image_token_id: int,
         image_embed_scale: float,
+        tiles: TilesConfig | None = None,
     ) -> ComposedConfig:
         """Builds a config from its typed parts, which keep their choice of attention."""
         chosen = [(part, part._attn_implementation) for part in (vision_config, text_config)]
@@ -111,6 +118,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
             pixel_shuffle=pixel_shuffle,
             image_token_id=image_token_id,
             image_embed_scale=image_embed_scale,
+            tiles=None if tiles is None else tiles.model_dump(mode="json"),
         )
         # A config hands its own choice, which is still open, down to its parts.
         for part, attention in chosen:
@@ -164,7 +172,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if connector is None:
             connector = build_connector(
                 config.connector_kind,
-                num_in=tower_width(config.vision_config) * config.pixel_shuffle**2,
+                num_in=features_width(config.vision_config, self.plan) * config.pixel_shuffle**2,
                 num_out=int(config.text_config.hidden_size),
             )
             given = False
@@ -173,6 +181,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.vision_tower = vision_tower
         self.connector = connector
         self.language_model = language_model
+        width = int(config.text_config.hidden_size)
+        self.tiles: Tiles | None = None if config.tiles is None else Tiles(width)
         # Whatever a saved config says: any other attention would mix packed samples.
         language_model.config._attn_implementation = register_packed_attention()
         self._finish(keep_weights=given)
@@ -190,6 +200,18 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         _compat.apply_exactly(self, lambda: super(ComposedVLM, self)._apply(fn, recurse))
         return self
 
+    def add_tiles(self, tiles: TilesConfig, *, seed: int) -> None:
+        """Cuts images into tiles from now on.
+
+        Args:
+            tiles: The grids.
+            seed: Seed of the newline embedding.
+        """
+        like = self.get_input_embeddings().weight
+        assert isinstance(like, Tensor)
+        self.config.tiles = tiles.model_dump(mode="json")
+        self.tiles = new_tiles(int(self.config.text_config.hidden_size), seed=seed).to(like)
+
     @property
     def module_map(self) -> ModuleMap:
         """Role -> modules. A head tied to the embeddings belongs to the language model."""
@@ -198,7 +220,8 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         names: tuple[str, ...] = ()
         if head is not None and head.weight is not embeddings.weight:
             names = tuple(name for name, module in self.named_modules() if module is head)
-        return ModuleMap(("vision_tower",), ("connector",), ("language_model",), names)
+        connector = ("connector",) if self.tiles is None else ("connector", "tiles")
+        return ModuleMap(("vision_tower",), connector, ("language_model",), names)
 
     @property
     def never_trained(self) -> frozenset[str]:
@@ -227,10 +250,10 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.language_model.set_output_embeddings(new_embeddings)
 
     def image_features(self, pixel_values_NCYX: Tensor) -> Tensor:
-        """Turns images into embeddings.
+        """Turns images, or views of them, into embeddings.
 
         Args:
-            pixel_values_NCYX: Preprocessed images.
+            pixel_values_NCYX: Preprocessed images or views.
 
         Returns:
             [N, K, D], K as `grid` says.
@@ -266,12 +289,29 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         scale = self.config.image_embed_scale
         return out if scale == 1.0 else out * scale
 
-    def embed(self, input_ids_BT: Tensor, pixel_values_NCYX: Tensor | None) -> Tensor:
+    def _image_tokens(
+        self, pixel_values_NCYX: Tensor, image_shapes: tuple[ImageShape, ...]
+    ) -> Tensor:
+        """Returns the embeddings of all images, end to end: [K, D]."""
+        features_NKD = self.image_features(pixel_values_NCYX)
+        if self.tiles is None:
+            return features_NKD.flatten(0, 1)
+        scale = float(self.config.image_embed_scale)
+        found: Tensor = self.tiles(features_NKD, image_shapes, scale=scale)
+        return found
+
+    def embed(
+        self,
+        input_ids_BT: Tensor,
+        pixel_values_NCYX: Tensor | None,
+        image_shapes: tuple[ImageShape, ...] = (),
+    ) -> Tensor:
         """Looks up text embeddings and puts image embeddings where the image token stands.
 
         Args:
             input_ids_BT: int64 [B, T].
             pixel_values_NCYX: Images in reading order over the whole batch, or None.
+            image_shapes: Of each image, where they are cut into tiles.
 
         Returns:
             [B, T, D].
@@ -283,11 +323,11 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # The image token may lie outside the embedding table, so it is never looked up.
         text_BTD: Tensor = self.get_input_embeddings()(input_ids_BT.masked_fill(is_image_BT, 0))
         if pixel_values_NCYX is None:
-            _image_places(is_image_BT, 0)
+            image_places(is_image_BT, 0)
             idle = self._idle_vision(text_BTD)
             return text_BTD if idle is None else text_BTD + idle
-        features_KD = self.image_features(pixel_values_NCYX).flatten(0, 1).to(text_BTD.dtype)
-        places_K = _image_places(is_image_BT, features_KD.shape[0])
+        features_KD = self._image_tokens(pixel_values_NCYX, image_shapes).to(text_BTD.dtype)
+        places_K = image_places(is_image_BT, features_KD.shape[0])
         embeds = text_BTD.flatten(0, 1).index_copy(0, places_K, features_KD)
         return embeds.view_as(text_BTD)
 
@@ -300,7 +340,9 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return None
         tower_trains = any(p.requires_grad for p in self.vision_tower.parameters())
-        connector_trains = any(p.requires_grad for p in self.connector.parameters())
+        newline = None if self.tiles is None else self.tiles.image_newline
+        own = (*self.connector.parameters(), *(() if newline is None else (newline,)))
+        connector_trains = any(p.requires_grad for p in own)
         if not (tower_trains or connector_trains or self.touch_vision_always):
             return None
         if tower_trains or self.touch_vision_always:
@@ -308,9 +350,10 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             pixels = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
             features = self.image_features(pixels)
         else:
-            width = tower_width(self.config.vision_config) * self.grid.downsample**2
+            width = features_width(self.config.vision_config, self.plan) * self.grid.downsample**2
             features = self._connect(torch.zeros(1, 1, width, device=like.device, dtype=like.dtype))
-        return features.sum().to(like.dtype) * 0.0
+        total = features.sum() if newline is None else features.sum() + newline.sum()
+        return total.to(like.dtype) * 0.0
 
     def hidden_states(
         self,
@@ -320,9 +363,10 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cu_seqlens: Tensor,
         max_seqlen: int,
         pixel_values_NCYX: Tensor | None,
+        image_shapes: tuple[ImageShape, ...] = (),
     ) -> Tensor:
         """Runs one packed row up to and including the final norm; see `contract`."""
-        embeds_BTD = self.embed(input_ids_BT, pixel_values_NCYX)
+        embeds_BTD = self.embed(input_ids_BT, pixel_values_NCYX, image_shapes)
         if self.fused is not None:
             return self.fused.hidden_states(
                 embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
@@ -346,11 +390,12 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         max_seqlen: int,
         pixel_values_NCYX: Tensor | None,
         tail: Tail,
+        image_shapes: tuple[ImageShape, ...] = (),
     ) -> Tensor:
         """As `hidden_states`, at the target positions only: [M, D]. Needs the fused layers."""
         assert self.fused is not None
         return self.fused.target_states(
-            self.embed(input_ids_BT, pixel_values_NCYX),
+            self.embed(input_ids_BT, pixel_values_NCYX, image_shapes),
             position_ids_BT,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
@@ -371,6 +416,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        image_shapes: tuple[ImageShape, ...] = (),
         labels: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -385,6 +431,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             inputs_embeds: Instead of `input_ids` and `pixel_values`.
             use_cache: Whether to return a cache.
             logits_to_keep: Positions at the end whose logits are wanted; 0 for all.
+            image_shapes: Of each image, where they are cut into tiles.
             labels: Not taken: the loss is computed outside the model.
             kwargs: For the language model.
 
@@ -400,7 +447,7 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ModelError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_shapes)
         out = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -417,37 +464,26 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             attentions=out.attentions,
         )
 
+    def generation_inputs(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        pixel_values: Tensor | None,
+        image_shapes: tuple[ImageShape, ...],
+    ) -> dict[str, Any]:
+        """Returns what the forward pass is given for the images of a batch of prompts."""
+        return {"pixel_values": pixel_values, "image_shapes": image_shapes}
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_shapes: tuple[ImageShape, ...] = (),
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Gives images to the first pass only; afterwards the cache holds them."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache = kwargs.get("past_key_values")
         if pixel_values is not None and (cache is None or cache.get_seq_length() == 0):
-            inputs["pixel_values"] = pixel_values
+            inputs |= {"pixel_values": pixel_values, "image_shapes": image_shapes}
         return inputs
-
-
-def _image_places(is_image_BT: Tensor, num_features: int) -> Tensor:
-    """Returns where image tokens stand in the flattened batch, in reading order: int64 [K].
-
-    Raises:
-        ModelError: They are not as many as image features. On CUDA the device stops instead:
-            reading the count would make the host wait for it at every step.
-    """
-    is_image_T = is_image_BT.flatten()
-    if is_image_T.is_cuda:
-        _compat.assert_on_device(
-            is_image_T.sum() == num_features, "image tokens and image features differ in number"
-        )
-        # A stable sort puts the image tokens first, in order; `nonzero` would wait.
-        order_T = is_image_T.to(torch.uint8).sort(descending=True, stable=True).indices
-        return order_T[:num_features]
-    places_K = is_image_T.nonzero()[:, 0]
-    if is_image_T.device.type != "meta" and places_K.shape[0] != num_features:
-        raise ModelError(
-            "image tokens and image features differ in number",
-            got=f"{places_K.shape[0]} image tokens, {num_features} image features",
-            fix="give the model every image that its ids stand for, and no others",
-        )
-    return places_K

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +72,21 @@ def describe(config: ModelConfig) -> ModelFacts:
     tower = config.vision_tower
     whole_vision_config = read_vision_config(tower)
     plan, vision_config = plan_tower(
-        whole_vision_config, layer=tower.layer, select=tower.select, where=tower.path
+        whole_vision_config,
+        layer=tower.layer,
+        select=tower.select,
+        where=tower.path,
+        scales=tower.s2 or (),
     )
     grid = tower_grid(
         vision_config, plan, pixel_shuffle=config.connector.pixel_shuffle, where=tower.path
     )
     defaults = read_image_defaults(tower.path, whole_vision_config, revision=tower.revision)
+    if plan.scales:
+        defaults = replace(defaults, size_px=plan.scales[-1])
     text_config = read_text_config(config.language_model)
     tokenizer, image_token_id = read_tokenizer(config.language_model)
-    return ModelFacts(
+    facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=image_token_id,
         grid=grid,
@@ -89,6 +95,11 @@ def describe(config: ModelConfig) -> ModelFacts:
         text_config=text_config,
         tower=plan,
     )
+    if config.tiles is None:
+        return facts
+    from vistune.models.anyres import with_tiles
+
+    return with_tiles(facts, config.tiles, where="model.tiles")
 
 
 def _read_config(path: str, *, key: str, **arguments: Any) -> Any:

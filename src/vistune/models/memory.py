@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.errors import ModelError
+from vistune.models.anyres import tiles_of
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
@@ -265,6 +266,7 @@ def skeleton(parts: ModelConfig, facts: ModelFacts) -> ComposedVLM:
         pixel_shuffle=parts.connector.pixel_shuffle,
         image_token_id=facts.image_token_id,
         image_embed_scale=1.0,
+        tiles=tiles_of(facts),
     )
     return ComposedVLM(config)
 

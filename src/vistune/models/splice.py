@@ -71,3 +71,32 @@ def idle(
         return zero
     blank = like.new_zeros(1, 3, side_px, side_px)
     return image_embeddings(blank).sum().to(like.dtype) * 0.0
+
+
+def image_places(is_image_BT: Tensor, num_features: int) -> Tensor:
+    """Returns where image tokens stand in the flattened batch, in reading order: int64 [K].
+
+    Args:
+        is_image_BT: bool [B, T].
+        num_features: Image embeddings there are.
+
+    Raises:
+        ModelError: They are not as many as image features. On CUDA the device stops instead:
+            reading the count would make the host wait for it at every step.
+    """
+    is_image_T = is_image_BT.flatten()
+    if is_image_T.is_cuda:
+        _compat.assert_on_device(
+            is_image_T.sum() == num_features, "image tokens and image features differ in number"
+        )
+        # A stable sort puts the image tokens first, in order; `nonzero` would wait.
+        order_T = is_image_T.to(torch.uint8).sort(descending=True, stable=True).indices
+        return order_T[:num_features]
+    places_K = is_image_T.nonzero()[:, 0]
+    if is_image_T.device.type != "meta" and places_K.shape[0] != num_features:
+        raise ModelError(
+            "image tokens and image features differ in number",
+            got=f"{places_K.shape[0]} image tokens, {num_features} image features",
+            fix="give the model every image that its ids stand for, and no others",
+        )
+    return places_K

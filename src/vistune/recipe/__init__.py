@@ -2,17 +2,21 @@
 
 from vistune.recipe.base import Section
 from vistune.recipe.loader import ResolvedRecipe, load_recipe, shipped_recipes
+from vistune.recipe.model import (
+    ConnectorConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    TilesConfig,
+    VisionTowerConfig,
+)
 from vistune.recipe.schema import (
     BatchConfig,
-    ConnectorConfig,
     DataConfig,
     FreezeTune,
     FullTune,
     ImageConfig,
-    LanguageModelConfig,
     LogConfig,
     LoraTune,
-    ModelConfig,
     Recipe,
     RoleTune,
     SampleAnswersConfig,
@@ -21,7 +25,6 @@ from vistune.recipe.schema import (
     TrainConfig,
     TuneConfig,
     UrlConfig,
-    VisionTowerConfig,
 )
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "SaveConfig",
     "Section",
     "SourceConfig",
+    "TilesConfig",
     "TrainConfig",
     "TuneConfig",
     "UrlConfig",

@@ -1,8 +1,20 @@
-"""The base of every recipe section: frozen, unknown keys refused, docstrings are the help text."""
+"""The base of every recipe section: frozen, unknown keys refused, docstrings are the help text.
+
+The kinds of number that keys hold stand here too.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto: TypeAlias = Literal["auto"]
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+Frac: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):

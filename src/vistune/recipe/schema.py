@@ -10,104 +10,18 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from vistune.recipe.base import Section
+from vistune.recipe.base import (
+    Auto,
+    Frac,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from vistune.recipe.model import ModelConfig
 
-Auto: TypeAlias = Literal["auto"]
-PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
-NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
-PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
-NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 FrozenFormat: TypeAlias = Literal["same", "fp8", "int8", "nf4"]
-Frac: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-
-_CONNECTOR = re.compile(r"linear|identity|mlp[1-9][0-9]*x_gelu")
-
-
-class VisionTowerConfig(Section):
-    """The vision encoder."""
-
-    path: str
-    """Local directory in the hub's layout, or a hub id. The model is read from its config."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    layer: int | Auto = "auto"
-    """Hidden state taken: an index into the encoder's hidden states (0 is the embedding, -1 the
-    last layer before any final norm, -2 the usual choice with CLIP), or `auto`: -2 for CLIP, the
-    normalised output otherwise."""
-    adapter: str | None = None
-    """LoRA adapters to fold in before anything trains: a PEFT directory, such as XTuner's
-    `visual_encoder_adapter/`."""
-    select: Literal["patch", "cls_patch"] = "patch"
-    """`patch` drops the class token, `cls_patch` keeps it as one more image token."""
-
-
-class ConnectorConfig(Section):
-    """The network between the tower's features and the language model's embeddings."""
-
-    kind: str = "mlp2x_gelu"
-    """`linear`, `identity` or `mlp{N}x_gelu` (N linear layers with exact GELU between them)."""
-    pixel_shuffle: PositiveInt = 1
-    """Side of the square of patches folded into one token before the connector (1: none)."""
-    weights: str | None = None
-    """Weights to start from, drawn from `seed` when left out: LLaVA's `mm_projector.bin`, XTuner's
-    `projector/` or an `iter_*.pth` that holds the projector alone, or `connector.safetensors`."""
-
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, value: str) -> str:
-        if not _CONNECTOR.fullmatch(value):
-            raise ValueError(
-                f"unknown connector '{value}'; known: linear, identity, mlp{{N}}x_gelu"
-            )
-        return value
-
-
-class LanguageModelConfig(Section):
-    """The causal language model."""
-
-    path: str
-    """Local directory in the hub's layout, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    gguf_file: str | None = None
-    """File name inside `path` when the weights are GGUF (needs the extra `gguf`)."""
-    adapter: str | None = None
-    """LoRA adapters to fold in before anything trains: a PEFT directory, such as XTuner's
-    `llm_adapter/` (InternLM2's own names are known)."""
-
-
-class ModelConfig(Section):
-    """What the model is made of: three parts, or a model made before."""
-
-    vision_tower: VisionTowerConfig | None = None
-    """The vision encoder; needed unless `from_checkpoint` is set."""
-    connector: ConnectorConfig = ConnectorConfig()
-    """The network between tower and language model."""
-    language_model: LanguageModelConfig | None = None
-    """The language model; needed unless `from_checkpoint` is set."""
-    from_checkpoint: str | None = None
-    """A run, a checkpoint of it, or an exported model to go on from: its parts, its connector and
-    all weights it trained. The three keys above must then be left out."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        parts = (self.vision_tower, self.language_model)
-        if self.from_checkpoint is None and None in parts:
-            raise ValueError("name both vision_tower and language_model, or from_checkpoint")
-        if self.from_checkpoint is not None:
-            # What stands at its default says nothing: a resolved recipe writes every key.
-            defaults = {
-                "vision_tower": None,
-                "connector": ConnectorConfig(),
-                "language_model": None,
-            }
-            values = {name: getattr(self, name) for name in defaults}
-            given = {name for name, value in values.items() if value != defaults[name]}
-            if given:
-                raise ValueError(
-                    f"from_checkpoint already says what the model is; leave out {sorted(given)}"
-                )
-        return self
 
 
 class FreezeTune(Section):

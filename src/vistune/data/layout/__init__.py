@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from vistune.data.layout.anyres import AnyresLayout
 from vistune.data.layout.base import ImageLayout, make_image_processor, unusual_shape
+from vistune.data.layout.onevision import OneVisionLayout
 from vistune.data.layout.patches import PatchLayout
+from vistune.data.layout.ratio_tiles import RatioTileLayout
+from vistune.data.layout.row_tiles import RowTileLayout
 from vistune.errors import DataError
 
-_KINDS: dict[str, type[ImageLayout]] = {"patches": PatchLayout}
+_KINDS: dict[str, type[ImageLayout]] = {"anyres": AnyresLayout, "patches": PatchLayout}
 
 
 def load_layout(values: dict[str, Any]) -> ImageLayout:
@@ -33,8 +37,12 @@ def load_layout(values: dict[str, Any]) -> ImageLayout:
 
 
 __all__ = [
+    "AnyresLayout",
     "ImageLayout",
+    "OneVisionLayout",
     "PatchLayout",
+    "RatioTileLayout",
+    "RowTileLayout",
     "load_layout",
     "make_image_processor",
     "unusual_shape",

@@ -20,7 +20,7 @@ from pydantic import model_validator
 
 from vistune.data.layout.base import ImageLayout, unusual_shape
 from vistune.errors import DataError
-from vistune.recipe.schema import PositiveInt
+from vistune.recipe.base import PositiveInt
 from vistune.types import ImageShape
 
 _MOST_ELONGATED = 200

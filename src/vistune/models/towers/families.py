@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vistune.errors import MissingExtraError, ModelError
+from vistune.errors import ModelError
+from vistune.models.towers.scales import check_scales, scaled_features
+from vistune.models.towers.timm_probe import timm_probe, timm_width
 from vistune.registry import nearest
 from vistune.types import VisionGrid
 
@@ -183,12 +185,14 @@ class TowerPlan:
         normalised: Whether the final norm belongs to the features.
         select: `patch`, or `cls_patch` with the class token in front.
         num_prefix: Positions before the patches.
+        scales: Sides at which an image is seen (S2), smallest first; empty for its own alone.
     """
 
     family: str
     normalised: bool
     select: Literal["patch", "cls_patch"]
     num_prefix: int
+    scales: tuple[int, ...] = ()
 
     @property
     def traits(self) -> TowerFamily:
@@ -216,7 +220,12 @@ def family_of(config: Any, *, where: str) -> TowerFamily:
 
 
 def plan_tower(
-    config: Any, *, layer: int | str, select: Literal["patch", "cls_patch"], where: str
+    config: Any,
+    *,
+    layer: int | str,
+    select: Literal["patch", "cls_patch"],
+    where: str,
+    scales: tuple[int, ...] = (),
 ) -> tuple[TowerPlan, Any]:
     """Decides which part of an encoder is used.
 
@@ -225,6 +234,7 @@ def plan_tower(
         layer: Index into its hidden states, or `auto`.
         select: Positions kept.
         where: Path, for messages.
+        scales: Sides at which an image is seen (S2); see `TowerPlan`.
 
     Returns:
         The plan, and a copy of the config that builds no more than that part.
@@ -251,6 +261,7 @@ def plan_tower(
         normalised=normalised,
         select=select,
         num_prefix=_num_prefix(config, family),
+        scales=scales,
     )
     return plan, config
 
@@ -301,7 +312,7 @@ def _set_depth(config: Any, **changes: Any) -> None:
 
 def _num_prefix(config: Any, family: TowerFamily) -> int:
     if config.model_type == "timm_wrapper":
-        return int(_timm_probe(config)[0])
+        return int(timm_probe(config)[0])
     return family.num_prefix(config)
 
 
@@ -327,7 +338,7 @@ def tower_grid(config: Any, plan: TowerPlan, *, pixel_shuffle: int, where: str) 
     """
     family = plan.traits
     if config.model_type == "timm_wrapper":
-        _, size_px, patch_px = _timm_probe(config)
+        _, size_px, patch_px = timm_probe(config)
         fixed: int | None = size_px
     else:
         patch_px = family.patch_px(config)
@@ -347,6 +358,10 @@ def tower_grid(config: Any, plan: TowerPlan, *, pixel_shuffle: int, where: str) 
             where="model.connector.pixel_shuffle",
             fix=f"set model.connector.pixel_shuffle to a divisor of {fixed // patch_px}",
         )
+    if plan.scales:
+        # The tokens are those of the smallest side; the tower is given the largest.
+        check_scales(plan.scales, fixed_px=fixed, patch_px=patch_px, keeps_class=keeps_class)
+        patch_px, fixed = patch_px * plan.scales[-1] // plan.scales[0], plan.scales[-1]
     return VisionGrid(
         patch_px=patch_px,
         num_extra_tokens=int(keeps_class),
@@ -358,9 +373,14 @@ def tower_grid(config: Any, plan: TowerPlan, *, pixel_shuffle: int, where: str) 
 def tower_width(config: Any) -> int:
     """Returns the width of one position's features."""
     if config.model_type == "timm_wrapper":
-        return _timm_width(config)
+        return timm_width(config)
     sizes = getattr(config, "hidden_sizes", None)
     return int(sizes[-1]) if sizes else int(config.hidden_size)
+
+
+def features_width(config: Any, plan: TowerPlan) -> int:
+    """Returns the width of what the connector is given: that of every scale, joined."""
+    return tower_width(config) * max(1, len(plan.scales))
 
 
 def drop_unused(tower: nn.Module, plan: TowerPlan) -> None:
@@ -385,6 +405,11 @@ def tower_features(tower: nn.Module, plan: TowerPlan, pixel_values_NCYX: Tensor)
     Returns:
         [N, P, D], patches row by row from the top left, behind the class token when it is kept.
     """
+    if plan.scales:
+        single = dataclasses.replace(plan, scales=())
+        return scaled_features(
+            lambda pixels: tower_features(tower, single, pixels), pixel_values_NCYX, plan.scales
+        )
     if plan.family == "siglip2_vision_model":
         out = tower(**_patchified(tower, pixel_values_NCYX)).last_hidden_state
     else:
@@ -457,41 +482,3 @@ def pixel_shuffle(
 def to_state(plan: TowerPlan) -> dict[str, Any]:
     """Returns a plan as JSON-able values, for a config file."""
     return dataclasses.asdict(plan)
-
-
-def _timm_probe(config: Any) -> tuple[int, int, int]:
-    """Returns (prefix positions, input side, pixels per position) of a timm model."""
-    model = _timm_on_meta(config)
-    size_px = int(model.timm_model.pretrained_cfg["input_size"][-1])
-    out = _timm_features(model, size_px)
-    if out.dim() == 4:
-        return 0, size_px, size_px // int(out.shape[-1])
-    prefix = int(getattr(model.timm_model, "num_prefix_tokens", 0))
-    side = round((int(out.shape[1]) - prefix) ** 0.5)
-    return prefix, size_px, size_px // side
-
-
-def _timm_width(config: Any) -> int:
-    model = _timm_on_meta(config)
-    out = _timm_features(model, int(model.timm_model.pretrained_cfg["input_size"][-1]))
-    return int(out.shape[1] if out.dim() == 4 else out.shape[-1])
-
-
-def _timm_on_meta(config: Any) -> Any:
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        raise MissingExtraError.of("timm", extra="timm", purpose="a timm vision tower") from None
-    from transformers import TimmWrapperModel
-
-    with torch.device("meta"):
-        return TimmWrapperModel(config)
-
-
-def _timm_features(model: Any, size_px: int) -> Tensor:
-    with torch.no_grad():
-        out = model(
-            pixel_values=torch.zeros(1, 3, size_px, size_px, device="meta")
-        ).last_hidden_state
-    assert isinstance(out, Tensor)
-    return out
