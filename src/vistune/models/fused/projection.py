@@ -1,7 +1,9 @@
-"""A frozen linear map, whole or several merged into one product, with optional LoRA adapters.
+"""A linear map, whole or several merged into one product, with optional LoRA adapters.
 
-The base weight has no gradient. It is held once in the model's own format, or as FP8 in the two
-layouts the forward and the input-gradient product read.
+A frozen base weight is held once in the model's own format, or as FP8 in the two layouts the
+forward and the input-gradient product read. A trained one is held in fp32, in the storage its
+parameters are views of; it is rounded to the activations' format when it is read, so there is no
+second copy that could fall behind, and its gradient leaves the matrix product in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistune.models.fused.torch_ops import Operand
@@ -35,24 +38,48 @@ class Adapter:
     stop: int
 
 
+@dataclass
+class Trained:
+    """A base weight or bias that trains: it is the rows `start` to `stop` of the merged one.
+
+    Args:
+        parameter: float32, a view of the merged storage.
+        start: First output row.
+        stop: One past the last output row.
+    """
+
+    parameter: Tensor
+    start: int
+    stop: int
+
+
 @dataclass(eq=False)
 class Projection:
     """y = x W^T + b, and the adapters' share of it.
 
     Args:
-        weight_OI: [out, in], or None once it is held in FP8.
+        weight_OI: [out, in], float32 where it trains, or None once it is held in FP8.
         bias_O: [out] or None.
         adapters: In output order, not overlapping.
+        weights: What of the weight trains, in output order: all of it or nothing.
+        biases: What of the bias trains: all of it or nothing.
     """
 
     weight_OI: Tensor | None
     bias_O: Tensor | None = None
     adapters: Sequence[Adapter] = ()
+    weights: Sequence[Trained] = ()
+    biases: Sequence[Trained] = ()
     fp8_OI: Tensor | None = field(default=None, init=False)
     fp8_IO: Tensor | None = field(default=None, init=False)
     scale_O: Tensor | None = field(default=None, init=False)
     ones_I: Tensor | None = field(default=None, init=False)
     dtype: torch.dtype = field(default=torch.bfloat16, init=False)
+
+    def parameters(self) -> list[Tensor]:
+        """Returns what trains, in the order of `gradients`."""
+        own = [t.parameter for t in (*self.weights, *self.biases)]
+        return own + [t for a in self.adapters for t in (a.down_RI, a.up_OR)]
 
     def to_fp8(self, ops: ModuleType) -> None:
         """Replaces the weight by its FP8 form: rounded once, laid out twice.
@@ -82,13 +109,22 @@ class Projection:
                 if start <= a.start and a.stop <= stop
             )
             weight = None if self.weight_OI is None else self.weight_OI[start:stop]
-            half = Projection(weight, bias, adapters)
+            weights, biases = (
+                tuple(
+                    Trained(t.parameter, t.start - start, t.stop - start)
+                    for t in trained
+                    if start <= t.start and t.stop <= stop
+                )
+                for trained in (self.weights, self.biases)
+            )
+            half = Projection(weight, bias, adapters, weights, biases)
             half.dtype, half.ones_I = self.dtype, self.ones_I
             if self.fp8_OI is not None and self.fp8_IO is not None and self.scale_O is not None:
                 half.fp8_OI, half.scale_O = self.fp8_OI[start:stop], self.scale_O[start:stop]
                 half.fp8_IO = self.fp8_IO[:, start:stop].contiguous()
             halves.append(half)
-        assert sum(len(half.adapters) for half in halves) == len(self.adapters)
+        for name in ("adapters", "weights", "biases"):
+            assert sum(len(getattr(half, name)) for half in halves) == len(getattr(self, name))
         return halves[0], halves[1]
 
     @property
@@ -108,6 +144,11 @@ class Projection:
         """Whether something here reads the activations in the model's own format."""
         return not self.is_fp8 or bool(self.adapters)
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether the backward pass reads the input of the forward pass."""
+        return bool(self.adapters or self.weights)
+
     def forward(
         self, x: Operand, ops: ModuleType, *, residual_TO: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,22 +162,55 @@ class Projection:
         Returns:
             [T, out], and the adapters' inner values [T, sum of ranks] for the backward pass.
         """
-        y = self._product(x, ops, residual_TO)
         if not self.adapters:
-            return y, None
-        assert x.plain is not None
-        lowrank = x.plain @ self._downs(x.plain.dtype).t()
+            return self._product(x, ops, residual_TO), None
+        x_TI = _plain(x)
+        lowrank = x_TI @ self._downs(x_TI.dtype).t()
+        if self.is_fp8 or not self._adapted_throughout:
+            y = self._product(x, ops, residual_TO)
+            self._add_adapters(y, y, lowrank)
+            return y, lowrank
+        # The small products first: the large one then adds to their result while it computes,
+        # where adding theirs to its own would read and write the result once more.
+        if residual_TO is None:
+            y = x_TI.new_empty(x_TI.shape[0], self.num_outputs)
+            self._add_adapters(y, None, lowrank)
+        else:
+            y = torch.empty_like(residual_TO)
+            self._add_adapters(y, residual_TO, lowrank)
+        y.addmm_(x_TI, self._weight(x_TI.dtype).t())
+        return self._biased(y), lowrank
+
+    @property
+    def _adapted_throughout(self) -> bool:
+        edges = [0, *(a.stop for a in self.adapters)]
+        return edges[-1] == self.num_outputs and edges[:-1] == [a.start for a in self.adapters]
+
+    def _add_adapters(self, out_TO: Tensor, to_TO: Tensor | None, lowrank_TR: Tensor) -> None:
+        """Writes the adapters' share into `out_TO`, added to `to_TO` where that is given."""
         at = 0
         for adapter in self.adapters:
-            rank = adapter.down_RI.shape[0]
-            y[:, adapter.start : adapter.stop].addmm_(
-                lowrank[:, at : at + rank], adapter.up_OR.to(y.dtype).t(), alpha=adapter.scale
+            rank, rows = adapter.down_RI.shape[0], slice(adapter.start, adapter.stop)
+            out = out_TO[:, rows]
+            torch.addmm(
+                out if to_TO is None else to_TO[:, rows],
+                lowrank_TR[:, at : at + rank],
+                adapter.up_OR.to(out.dtype).t(),
+                beta=0 if to_TO is None else 1,
+                alpha=adapter.scale,
+                out=out,
             )
             at += rank
-        return y, lowrank
 
     def _downs(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([adapter.down_RI.to(dtype) for adapter in self.adapters])
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        assert self.weight_OI is not None
+        return self.weight_OI.to(dtype)
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias_O is None else y.add_(self.bias_O)
 
     def _product(self, x: Operand, ops: ModuleType, residual_TO: Tensor | None) -> Tensor:
         if self.weight_OI is None:
@@ -147,12 +221,13 @@ class Projection:
                 fp8, self.fp8_OI.t(), scale_a=scale, scale_b=self.scale_O[None],
                 out_dtype=dtype, use_fast_accum=True,
             )  # fmt: skip
-            y = y if residual_TO is None else y.add_(residual_TO)
-        elif residual_TO is not None:
-            y = torch.addmm(residual_TO, _plain(x), self.weight_OI.t())
-        else:
-            y = _plain(x) @ self.weight_OI.t()
-        return y if self.bias_O is None else y.add_(self.bias_O)
+            return self._biased(y if residual_TO is None else y.add_(residual_TO))
+        x_TI = _plain(x)
+        weight = self._weight(x_TI.dtype)
+        if residual_TO is not None:
+            return self._biased(torch.addmm(residual_TO, x_TI, weight.t()))
+        bias = self.bias_O
+        return F.linear(x_TI, weight, None if bias is None else bias.to(x_TI.dtype))
 
     def input_gradient(self, grad: Operand, ops: ModuleType) -> Tensor:
         """Returns the gradient of the input through the base weight alone.
@@ -162,7 +237,8 @@ class Projection:
             ops: The elementwise kernels.
         """
         if self.weight_OI is not None:
-            return _plain(grad) @ self.weight_OI
+            grad_TO = _plain(grad)
+            return grad_TO @ self._weight(grad_TO.dtype)
         assert self.fp8_IO is not None and self.ones_I is not None
         if grad.fp8 is not None:
             fp8, scale = _fp8(grad)
@@ -184,26 +260,34 @@ class Projection:
         Returns:
             [T, in], and the gradient of the adapters' inner values [T, sum of ranks].
         """
-        dx = self.input_gradient(grad, ops)
         if not self.adapters:
-            return dx, None
+            return self.input_gradient(grad, ops), None
         grad_TO = _plain(grad)
-        inner = [
-            (grad_TO[:, a.start : a.stop] @ a.up_OR.to(grad_TO.dtype)).mul_(a.scale)
-            for a in self.adapters
-        ]
-        inner_TR = torch.cat(inner, dim=1) if len(inner) > 1 else inner[0]
-        dx.addmm_(inner_TR, self._downs(dx.dtype))
-        return dx, inner_TR
+        inner_TR = grad_TO.new_empty(
+            grad_TO.shape[0], sum(a.down_RI.shape[0] for a in self.adapters)
+        )
+        at = 0
+        for adapter in self.adapters:
+            part = inner_TR[:, at : at + adapter.down_RI.shape[0]]
+            torch.addmm(
+                part, grad_TO[:, adapter.start : adapter.stop], adapter.up_OR.to(part.dtype),
+                beta=0, alpha=adapter.scale, out=part,
+            )  # fmt: skip
+            at += part.shape[1]
+        downs = self._downs(inner_TR.dtype)
+        if self.is_fp8:
+            return self.input_gradient(grad, ops).addmm_(inner_TR, downs), inner_TR
+        dx = inner_TR @ downs
+        return dx.addmm_(grad_TO, self._weight(dx.dtype)), inner_TR
 
-    def adapter_gradients(
+    def gradients(
         self,
         grad: Operand,
         inner_TR: Tensor | None,
         x_TI: Tensor | None,
         lowrank_TR: Tensor | None,
     ) -> list[Tensor]:
-        """Gradients of A and B of every adapter, in order; empty without adapters.
+        """Gradients of what trains, in the order of `parameters`; empty where nothing does.
 
         Args:
             grad: Gradient of the output [T, out].
@@ -211,18 +295,35 @@ class Projection:
             x_TI: The forward input.
             lowrank_TR: From `forward`.
         """
+        grads: list[Tensor] = []
+        if self.weights:
+            assert x_TI is not None
+            of_weight = weight_gradient(_plain(grad), x_TI)
+            grads += [of_weight[t.start : t.stop] for t in self.weights]
+        if self.biases:
+            of_bias = _plain(grad).sum(0, dtype=torch.float32)
+            grads += [of_bias[t.start : t.stop] for t in self.biases]
         if not self.adapters:
-            return []
+            return grads
         assert inner_TR is not None and x_TI is not None and lowrank_TR is not None
         grad_TO = _plain(grad)
         ranks = [a.down_RI.shape[0] for a in self.adapters]
-        downs = torch.split(inner_TR.t() @ x_TI, ranks)
+        downs = torch.split(weight_gradient(inner_TR, x_TI), ranks)
         lowranks = torch.split(lowrank_TR, ranks, dim=1)
-        grads: list[Tensor] = []
         for adapter, down, lowrank in zip(self.adapters, downs, lowranks, strict=True):
-            up = (grad_TO[:, adapter.start : adapter.stop].t() @ lowrank).mul_(adapter.scale)
-            grads += [down.to(adapter.down_RI.dtype), up.to(adapter.up_OR.dtype)]
+            up = weight_gradient(grad_TO[:, adapter.start : adapter.stop], lowrank)
+            grads += [
+                down.to(adapter.down_RI.dtype),
+                up.mul_(adapter.scale).to(adapter.up_OR.dtype),
+            ]
         return grads
+
+
+def weight_gradient(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """Returns the gradient of a weight, grad^T x, float32 [out, in]: summed and kept in fp32."""
+    if grad_TO.is_cuda and grad_TO.dtype is not torch.float32:
+        return torch.mm(grad_TO.t(), x_TI, out_dtype=torch.float32)
+    return grad_TO.float().t() @ x_TI.float()
 
 
 class Fp8Linear(nn.Module):
@@ -268,3 +369,9 @@ def _fp8(x: Operand) -> tuple[Tensor, Tensor]:
 def _plain(x: Operand) -> Tensor:
     assert x.plain is not None
     return x.plain
+
+
+def base_of(linear: nn.Module) -> nn.Linear:
+    """Returns the linear layer itself, or the one its adapter stands beside."""
+    base: nn.Linear = linear if isinstance(linear, nn.Linear) else linear.base_layer  # type: ignore[assignment]
+    return base

@@ -18,9 +18,13 @@ from torch import Tensor
 from vistune.models.fused.layer import (
     FusedLayer,
     MlpSaved,
+    PostSaved,
     mlp_backward,
     mlp_forward,
-    wants,
+    normed_heads,
+    normed_heads_backward_,
+    project_onto,
+    through_post,
 )
 from vistune.models.fused.projection import Projection
 from vistune.models.fused.torch_ops import Operand
@@ -43,14 +47,10 @@ class TailLayer:
     query: Projection
     key_value: Projection
 
-    def projections(self) -> tuple[Projection, ...]:
-        """Returns the projections in the order their adapters are passed to autograd."""
-        layer = self.layer
-        return self.query, self.key_value, layer.out, layer.gate_up, layer.down
-
-    def adapter_parameters(self) -> list[Tensor]:
-        """Returns A and B of every adapter, in a fixed order."""
-        return [t for p in self.projections() for a in p.adapters for t in (a.down_RI, a.up_OR)]
+    def parameters(self) -> list[Tensor]:
+        """Returns what trains, in the order the backward pass gives gradients."""
+        inputs = self.layer.attention_parameters(self.query, self.key_value)
+        return [*inputs, *self.layer.mlp_parameters()]
 
 
 @dataclass
@@ -63,12 +63,8 @@ class _Saved:
     attended: Tensor
     lowrank: tuple[Tensor | None, Tensor | None, Tensor | None]
     mlp: MlpSaved
-
-
-def _norm(layer: FusedLayer, x: Tensor, reader: Projection, ops: ModuleType) -> Any:
-    return ops.rms_norm(
-        x, layer.norm1_D, eps=layer.eps, unit_offset=layer.unit_offset, **wants(reader)
-    )
+    raw: tuple[Tensor, Tensor]
+    post: PostSaved | None = None
 
 
 def _forward(
@@ -81,14 +77,16 @@ def _forward(
     ops: ModuleType,
 ) -> tuple[Tensor, _Saved]:
     layer = tail.layer
-    n_T, rstd_T = _norm(layer, x_TD, tail.key_value, ops)
+    n_T, rstd_T = layer.norm1.forward(x_TD, ops, reader=tail.key_value)
     kv, low_kv = tail.key_value.forward(n_T, ops)
     del n_T
     x_UD = x_TD[index_U]
-    n_U, rstd_U = _norm(layer, x_UD, tail.query, ops)
+    n_U, rstd_U = layer.norm1.forward(x_UD, ops, reader=tail.query)
     q_flat, low_q = tail.query.forward(n_U, ops)
-    kv = kv.view(kv.shape[0], -1, layer.head_width)
-    q = q_flat.view(q_flat.shape[0], -1, layer.head_width)
+    raw_kv = kv.view(kv.shape[0], -1, layer.head_width)
+    raw_q = q_flat.view(q_flat.shape[0], -1, layer.head_width)
+    kv = normed_heads(layer.head_norms, raw_kv, ops, num_heads=0, num_kv_heads=layer.num_kv_heads)
+    q = normed_heads(layer.head_norms, raw_q, ops, num_heads=layer.num_heads, num_kv_heads=0)
     ops.rotate_(kv, cos, sin, num_heads=layer.num_kv_heads, inverse=False)
     ops.rotate_(q, cos[index_U], sin[index_U], num_heads=layer.num_heads, inverse=False)
     k, v = torch.split(kv, [layer.num_kv_heads, layer.num_kv_heads], dim=1)
@@ -96,9 +94,11 @@ def _forward(
     with torch.enable_grad():
         attended = attention(q, k, v)
     flat = attended.detach().reshape(q.shape[0], -1)
-    h_UD, low_out = layer.out.forward(Operand(flat), ops, residual_TO=x_UD)
+    h_UD, low_out, post = project_onto(layer.out, Operand(flat), x_UD, layer.post1, ops)
     y_UD, mlp = mlp_forward(layer, h_UD, ops)
-    return y_UD, _Saved(rstd_T, rstd_U, q, k, v, attended, (low_q, low_kv, low_out), mlp)
+    lowrank = (low_q, low_kv, low_out)
+    saved = _Saved(rstd_T, rstd_U, q, k, v, attended, lowrank, mlp, (raw_q, raw_kv), post)
+    return y_UD, saved
 
 
 def _backward(
@@ -115,30 +115,37 @@ def _backward(
     low_q, low_kv, low_out = saved.lowrank
     d_h, g_mlp = mlp_backward(layer, grad_UD, saved.mlp, ops)
     flat = saved.attended.detach().reshape(grad_UD.shape[0], -1)
-    d_attended, inner = layer.out.backward(Operand(d_h), ops)
-    g_out = layer.out.adapter_gradients(Operand(d_h), inner, flat, low_out)
+    d_out, g_post = through_post(d_h, layer.post1, saved.post, ops)
+    d_attended, inner = layer.out.backward(Operand(d_out), ops)
+    g_out = layer.out.gradients(Operand(d_out), inner, flat, low_out)
     d_q, d_k, d_v = torch.autograd.grad(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
     d_q, d_kv = d_q.contiguous(), torch.cat([d_k, d_v], dim=1)
     ops.rotate_(d_q, cos[index_U], sin[index_U], num_heads=layer.num_heads, inverse=True)
     ops.rotate_(d_kv, cos, sin, num_heads=layer.num_kv_heads, inverse=True)
+    raw_q, raw_kv = saved.raw
+    g_heads = normed_heads_backward_(
+        layer.head_norms, d_q, raw_q, ops, num_heads=layer.num_heads, num_kv_heads=0
+    )[:1]
+    g_heads += normed_heads_backward_(
+        layer.head_norms, d_kv, raw_kv, ops, num_heads=0, num_kv_heads=layer.num_kv_heads
+    )[1:]
     of_query, of_kv = Operand(d_q.flatten(1)), Operand(d_kv.flatten(1))
-    offset, x_UD = layer.unit_offset, x_TD[index_U]
     d_n_U, inner = tail.query.backward(of_query, ops)
-    d_x_UD, n_U = ops.rms_norm_backward(
-        d_n_U, x_UD, saved.rstd_U, layer.norm1_D, d_h,
-        unit_offset=offset, again=bool(tail.query.adapters),
-    )  # fmt: skip
-    g_q = tail.query.adapter_gradients(of_query, inner, n_U, low_q)
-    residual_TD = torch.zeros_like(x_TD).index_copy_(0, index_U, d_x_UD)
+    at_U = layer.norm1.backward(
+        d_n_U, x_TD[index_U], saved.rstd_U, ops, residual_TD=d_h, again=tail.query.reads_again
+    )
+    g_q = tail.query.gradients(of_query, inner, at_U.output_TD, low_q)
+    residual_TD = torch.zeros_like(x_TD).index_copy_(0, index_U, at_U.x_TD)
     d_n_T, inner = tail.key_value.backward(of_kv, ops)
-    d_x, n_T = ops.rms_norm_backward(
-        d_n_T, x_TD, saved.rstd_T, layer.norm1_D, residual_TD,
-        unit_offset=offset, again=bool(tail.key_value.adapters),
+    at_T = layer.norm1.backward(
+        d_n_T, x_TD, saved.rstd_T, ops,
+        residual_TD=residual_TD, again=tail.key_value.reads_again,
     )  # fmt: skip
-    g_kv = tail.key_value.adapter_gradients(of_kv, inner, n_T, low_kv)
-    return d_x, [*g_q, *g_kv, *g_out, *g_mlp]
+    g_kv = tail.key_value.gradients(of_kv, inner, at_T.output_TD, low_kv)
+    g_norm = [a.add_(b) for a, b in zip(at_T.weight, at_U.weight, strict=True)]
+    return at_T.x_TD, [*g_norm, *g_heads, *g_post, *g_q, *g_kv, *g_out, *g_mlp]
 
 
 class _TailFunction(torch.autograd.Function):
@@ -152,7 +159,7 @@ class _TailFunction(torch.autograd.Function):
         index_U: Tensor,
         cos: Tensor,
         sin: Tensor,
-        *adapters: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
         y_UD, ctx.saved = _forward(tail, x_TD, index_U, cos, sin, attention, ops)
         ctx.tail, ctx.ops = tail, ops
@@ -194,6 +201,6 @@ def run_tail(
         [U, D].
     """
     out: Tensor = _TailFunction.apply(  # type: ignore[no-untyped-call]
-        tail, attention, ops, x_TD, index_U, cos_TK, sin_TK, *tail.adapter_parameters()
+        tail, attention, ops, x_TD, index_U, cos_TK, sin_TK, *tail.parameters()
     )
     return out

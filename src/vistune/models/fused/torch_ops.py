@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 FP8_MAX = 448.0
 """Largest number of e4m3."""
 
@@ -64,7 +64,7 @@ def rms_norm(
     if unit_offset:
         y = (normed * (1.0 + weight_D.float())).to(x_TD.dtype)
     else:
-        y = weight_D * normed.to(x_TD.dtype)
+        y = (weight_D * normed.to(x_TD.dtype)).to(x_TD.dtype)
     return _operand(y, quantize=quantize, keep=keep), rstd_T
 
 
@@ -73,11 +73,12 @@ def rms_norm_backward(
     x_TD: Tensor,
     rstd_T: Tensor,
     weight_D: Tensor,
-    residual_TD: Tensor,
+    residual_TD: Tensor | None,
     *,
     unit_offset: bool,
     again: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    weight_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of `rms_norm` with respect to its input, plus the residual branch's gradient.
 
     Args:
@@ -85,24 +86,95 @@ def rms_norm_backward(
         x_TD: The input of the forward pass.
         rstd_T: From the forward pass.
         weight_D: The norm's weight.
-        residual_TD: Gradient that reaches the input past the norm.
+        residual_TD: Gradient that reaches the input past the norm, or None.
         unit_offset: As in `rms_norm`.
-        again: Also give the forward output once more, which adapters read.
+        again: Also give the forward output once more, which trained weights read.
+        weight_gradient: Also give the gradient of the norm's weight.
 
     Returns:
-        [T, D] in the format of `x_TD`, and the forward output or None.
+        [T, D] in the format of `x_TD`; the forward output or None; float32 [D] or None.
     """
     # y = w x r with r = (mean(x^2) + eps)^-1/2, so dx = r (g - h mean(g h)), g = w dy, h = x r.
     weight = weight_D.float() + (1.0 if unit_offset else 0.0)
     hat = x_TD.float() * rstd_T[:, None]
-    grad = grad_TD.float() * weight
+    incoming = grad_TD.float()
+    grad = incoming * weight
     dx = rstd_T[:, None] * (grad - hat * (grad * hat).mean(-1, keepdim=True))
-    dx = (dx + residual_TD.float()).to(x_TD.dtype)
+    dx = (dx if residual_TD is None else dx + residual_TD.float()).to(x_TD.dtype)
+    of_weight = (incoming * hat).sum(0) if weight_gradient else None
     if not again:
-        return dx, None
+        return dx, None, of_weight
     if unit_offset:
-        return dx, (hat * weight).to(x_TD.dtype)
-    return dx, weight_D * hat.to(x_TD.dtype)
+        return dx, (hat * weight).to(x_TD.dtype), of_weight
+    return dx, (weight_D * hat.to(x_TD.dtype)).to(x_TD.dtype), of_weight
+
+
+def head_norm(
+    heads_THK: Tensor,
+    query_K: Tensor,
+    key_K: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    unit_offset: bool,
+) -> Tensor:
+    """Root-mean-square norm of each query and key head; value heads are copied.
+
+    Args:
+        heads_THK: [T, heads, head width]: queries, then keys, then values.
+        query_K: Weight for query heads.
+        key_K: Weight for key heads.
+        num_heads: Query heads.
+        num_kv_heads: Key heads.
+        eps: Added to the mean square.
+        unit_offset: True where the weights are stored minus one.
+
+    Returns:
+        [T, heads, head width].
+    """
+    out, at = heads_THK.clone(), 0
+    for weight, count in ((query_K, num_heads), (key_K, num_kv_heads)):
+        part = heads_THK[:, at : at + count]
+        norm = {"eps": eps, "unit_offset": unit_offset}
+        normed, _ = rms_norm(part.reshape(-1, part.shape[-1]), weight, **norm)  # type: ignore[arg-type]
+        assert normed.plain is not None
+        out[:, at : at + count] = normed.plain.view_as(part)
+        at += count
+    return out
+
+
+def head_norm_backward_(
+    grad_THK: Tensor,
+    heads_THK: Tensor,
+    query_K: Tensor,
+    key_K: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    unit_offset: bool,
+    weight_gradient: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """Turns the gradient of `head_norm`'s result into that of its input, in place.
+
+    Returns:
+        Gradients of both weights, float32 [head width], or None.
+    """
+    found, at = [], 0
+    for weight, count in ((query_K, num_heads), (key_K, num_kv_heads)):
+        grad, x = (t[:, at : at + count] for t in (grad_THK, heads_THK))
+        flat = x.reshape(-1, x.shape[-1])
+        rstd = torch.rsqrt(flat.float().pow(2).mean(-1) + eps)
+        dx, _, of_weight = rms_norm_backward(
+            grad.reshape(flat.shape), flat, rstd, weight, None,
+            unit_offset=unit_offset, weight_gradient=weight_gradient,
+        )  # fmt: skip
+        grad_THK[:, at : at + count] = dx.view_as(x)
+        found.append(of_weight)
+        at += count
+    query, key = found
+    return None if query is None or key is None else (query, key)
 
 
 def rotate_(
@@ -127,7 +199,9 @@ def rotate_(
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def glu(

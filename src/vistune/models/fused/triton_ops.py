@@ -47,53 +47,120 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    dy, x, rstd, weight, residual, dx, y, D,
-    OFFSET: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, rstd, weight, residual, dx, y, dw, rows, D,
+    OFFSET: tl.constexpr, AGAIN: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    # One row a program, or several where the weight's gradient is summed over them first.
+    first = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
-    at = row * D + cols
-    g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
-    res = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    r = tl.load(rstd + row)
     if OFFSET:
         w = w + 1.0
-    hat = v * r
-    if AGAIN:
-        if OFFSET:
-            tl.store(y + at, hat * w, mask=mask)
-        else:
-            tl.store(y + at, hat.to(x.dtype.element_ty).to(tl.float32) * w, mask=mask)
-    g = g * w
-    out = r * (g - hat * (tl.sum(g * hat, axis=0) / D)) + res
-    tl.store(dx + at, out, mask=mask)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for number in range(first, rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64)
+        at = row * D + cols
+        g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row)
+        hat = v * r
+        if AGAIN:
+            if OFFSET:
+                tl.store(y + at, hat * w, mask=mask)
+            else:
+                tl.store(y + at, hat.to(x.dtype.element_ty).to(tl.float32) * w, mask=mask)
+        if WEIGHT:
+            total += g * hat
+        g = g * w
+        out = r * (g - hat * (tl.sum(g * hat, axis=0) / D))
+        if RESIDUAL:
+            out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, out, mask=mask)
+    if WEIGHT:
+        tl.store(dw + first * D + cols, total, mask=mask)
+
+
+@triton.jit
+def _head_norm_kernel(
+    heads, query, key, out, eps,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * (HEADS + 2 * KV_HEADS) * WIDTH
+    cols = tl.arange(0, BLOCK_W)[None, :]
+    wq = tl.load(query + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    wk = tl.load(key + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    if OFFSET:
+        wq += 1.0
+        wk += 1.0
+    for start in range(0, HEADS + 2 * KV_HEADS, BLOCK_H):
+        head = start + tl.arange(0, BLOCK_H)[:, None]
+        mask = (head < HEADS + 2 * KV_HEADS) & (cols < WIDTH)
+        v = tl.load(heads + row + head * WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
+        hat = v / tl.sqrt(tl.sum(v * v, axis=1)[:, None] / WIDTH + eps)
+        if not OFFSET:
+            hat = hat.to(heads.dtype.element_ty).to(tl.float32)
+        normed = hat * tl.where(head < HEADS, wq, wk)
+        normed = tl.where(head < HEADS + KV_HEADS, normed, v)
+        tl.store(out + row + head * WIDTH + cols, normed, mask=mask)
+
+
+@triton.jit
+def _head_norm_backward_kernel(
+    grad, heads, query, key, dw, rows, eps,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, OFFSET: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_W)[None, :]
+    wq = tl.load(query + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    wk = tl.load(key + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    if OFFSET:
+        wq += 1.0
+        wk += 1.0
+    of_query = tl.zeros([1, BLOCK_W], dtype=tl.float32)
+    of_key = tl.zeros([1, BLOCK_W], dtype=tl.float32)
+    for number in range(first, rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64) * (HEADS + 2 * KV_HEADS) * WIDTH
+        for start in range(0, HEADS + KV_HEADS, BLOCK_H):
+            head = start + tl.arange(0, BLOCK_H)[:, None]
+            mask = (head < HEADS + KV_HEADS) & (cols < WIDTH)
+            at = row + head * WIDTH + cols
+            v = tl.load(heads + at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            r = 1.0 / tl.sqrt(tl.sum(v * v, axis=1)[:, None] / WIDTH + eps)
+            hat = v * r
+            if WEIGHT:
+                both = g * hat
+                of_query += tl.sum(tl.where(head < HEADS, both, 0.0), axis=0)[None, :]
+                of_key += tl.sum(tl.where(head < HEADS, 0.0, both), axis=0)[None, :]
+            g = g * tl.where(head < HEADS, wq, wk)
+            dx = r * (g - hat * (tl.sum(g * hat, axis=1)[:, None] / WIDTH))
+            tl.store(grad + at, dx, mask=mask)
+    if WEIGHT:
+        tl.store(dw + first * 2 * WIDTH + cols, of_query, mask=cols < WIDTH)
+        tl.store(dw + first * 2 * WIDTH + WIDTH + cols, of_key, mask=cols < WIDTH)
 
 
 @triton.jit
 def _rotate_kernel(
-    states,
-    cos,
-    sin,
-    stride_t,
-    stride_cos,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    INVERSE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    states, cos, sin, stride_t, stride_cos,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    half = tl.arange(0, WIDTH // 2)
-    c = tl.load(cos + row * stride_cos + half).to(tl.float32)[None, :]
-    s = tl.load(sin + row * stride_cos + half).to(tl.float32)[None, :]
+    half = tl.arange(0, BLOCK_W)
+    inside = half < WIDTH // 2
+    c = tl.load(cos + row * stride_cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * stride_cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
         s = -s
     for start in range(0, HEADS, BLOCK_H):
         heads = start + tl.arange(0, BLOCK_H)
         at = states + row * stride_t + heads[:, None] * WIDTH + half[None, :]
-        mask = heads[:, None] < HEADS
+        mask = (heads[:, None] < HEADS) & inside[None, :]
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(at + WIDTH // 2, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, a * c - b * s, mask=mask)
@@ -101,18 +168,23 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _act(x, SILU: tl.constexpr):
-    if SILU:
+def _act(x, KIND: tl.constexpr):
+    if KIND == "silu":
         return x * tl.sigmoid(x)
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(0.7071067811865476 * x))
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return 0.5 * x * (1.0 + (2.0 * tl.sigmoid(2.0 * inner) - 1.0))
 
 
 @triton.jit
-def _act_slope(x, SILU: tl.constexpr):
-    if SILU:
+def _act_slope(x, KIND: tl.constexpr):
+    if KIND == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
+    if KIND == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.math.erf(0.7071067811865476 * x)) + x * density
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     t = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
     d = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
@@ -122,14 +194,14 @@ def _act_slope(x, SILU: tl.constexpr):
 @triton.jit
 def _glu_kernel(
     gate_up, out, fp8, scale, stride, F,
-    SILU: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < F
     gate = tl.load(gate_up + row * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + F + cols, mask=mask, other=0.0).to(tl.float32)
-    value = _act(gate, SILU).to(gate_up.dtype.element_ty).to(tl.float32) * up
+    value = _act(gate, KIND).to(gate_up.dtype.element_ty).to(tl.float32) * up
     if KEEP:
         tl.store(out + row * F + cols, value, mask=mask)
     if QUANTIZE:
@@ -140,7 +212,7 @@ def _glu_kernel(
 @triton.jit
 def _glu_backward_kernel(
     grad, gate_up, column_scale, fp8, scale, out, stride, F,
-    SILU: tl.constexpr, AGAIN: tl.constexpr, KEEP: tl.constexpr,
+    KIND: tl.constexpr, AGAIN: tl.constexpr, KEEP: tl.constexpr,
     QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -149,8 +221,8 @@ def _glu_backward_kernel(
     g = tl.load(grad + row * F + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + row * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + F + cols, mask=mask, other=0.0).to(tl.float32)
-    d_gate = (g * up * _act_slope(gate, SILU)).to(gate_up.dtype.element_ty)
-    active = _act(gate, SILU)
+    d_gate = (g * up * _act_slope(gate, KIND)).to(gate_up.dtype.element_ty)
+    active = _act(gate, KIND)
     d_up = (g * active).to(gate_up.dtype.element_ty)
     if AGAIN:
         kept = active.to(gate_up.dtype.element_ty).to(tl.float32)
@@ -170,16 +242,18 @@ def _glu_backward_kernel(
 @triton.jit
 def _join_kernel(
     q, k, v, cos, sin, out, stride_q, stride_k, stride_v, stride_cos,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    half = tl.arange(0, WIDTH // 2)
-    c = tl.load(cos + row * stride_cos + half).to(tl.float32)[None, :]
-    s = tl.load(sin + row * stride_cos + half).to(tl.float32)[None, :]
+    half = tl.arange(0, BLOCK_W)
+    inside = half < WIDTH // 2
+    c = tl.load(cos + row * stride_cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * stride_cos + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     to = out + row * (HEADS + 2 * KV_HEADS) * WIDTH
     for start in range(0, HEADS, BLOCK_H):
         heads = start + tl.arange(0, BLOCK_H)[:, None]
-        mask = heads < HEADS
+        mask = (heads < HEADS) & inside[None, :]
         a = tl.load(q + row * stride_q + heads * WIDTH + half, mask=mask, other=0.0)
         b = tl.load(q + row * stride_q + heads * WIDTH + WIDTH // 2 + half, mask=mask, other=0.0)
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -187,7 +261,7 @@ def _join_kernel(
         tl.store(to + heads * WIDTH + WIDTH // 2 + half, b * c - a * s, mask=mask)
     for start in range(0, KV_HEADS, BLOCK_H):
         heads = start + tl.arange(0, BLOCK_H)[:, None]
-        mask = heads < KV_HEADS
+        mask = (heads < KV_HEADS) & inside[None, :]
         a = tl.load(k + row * stride_k + heads * WIDTH + half, mask=mask, other=0.0)
         b = tl.load(k + row * stride_k + heads * WIDTH + WIDTH // 2 + half, mask=mask, other=0.0)
         x = tl.load(v + row * stride_v + heads * WIDTH + half, mask=mask, other=0.0)
@@ -212,6 +286,10 @@ def _quantize_kernel(
     if HAS_COLUMN:
         v = v * tl.load(column_scale + cols, mask=mask, other=0.0)
     _store_fp8(v, out, scale, row, cols, mask, D)
+
+
+_SUMS = 528
+"""Programs that sum a weight's gradient, each over its rows: four for each multiprocessor."""
 
 
 def _warps(block: int) -> int:
@@ -251,21 +329,75 @@ def rms_norm_backward(
     x_TD: Tensor,
     rstd_T: Tensor,
     weight_D: Tensor,
-    residual_TD: Tensor,
+    residual_TD: Tensor | None,
     *,
     unit_offset: bool,
     again: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    weight_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `torch_ops.rms_norm_backward`."""
     rows, width = x_TD.shape
     dx = torch.empty_like(x_TD)
     y = torch.empty_like(x_TD) if again else None
+    programs = min(rows, _SUMS) if weight_gradient else rows
+    sums = rstd_T.new_empty(programs, width) if weight_gradient else None
     block = triton.next_power_of_2(width)
-    _rms_norm_backward_kernel[(rows,)](
-        grad_TD, x_TD, rstd_T, weight_D, residual_TD, dx, dx if y is None else y, width,
-        OFFSET=unit_offset, AGAIN=again, BLOCK=block, num_warps=_warps(block),
+    _rms_norm_backward_kernel[(programs,)](
+        grad_TD, x_TD, rstd_T, weight_D, dx if residual_TD is None else residual_TD, dx,
+        dx if y is None else y, rstd_T if sums is None else sums, rows, width,
+        OFFSET=unit_offset, AGAIN=again, RESIDUAL=residual_TD is not None,
+        WEIGHT=weight_gradient, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return dx, y
+    return dx, y, None if sums is None else sums.sum(0)
+
+
+def head_norm(
+    heads_THK: Tensor,
+    query_K: Tensor,
+    key_K: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    unit_offset: bool,
+) -> Tensor:
+    """See `torch_ops.head_norm`."""
+    out = torch.empty_like(heads_THK)
+    width = heads_THK.shape[2]
+    _head_norm_kernel[(heads_THK.shape[0],)](
+        heads_THK, query_K, key_K, out, eps,
+        WIDTH=width, HEADS=num_heads, KV_HEADS=num_kv_heads, OFFSET=unit_offset,
+        BLOCK_H=16, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def head_norm_backward_(
+    grad_THK: Tensor,
+    heads_THK: Tensor,
+    query_K: Tensor,
+    key_K: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    unit_offset: bool,
+    weight_gradient: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """See `torch_ops.head_norm_backward_`."""
+    rows, _, width = heads_THK.shape
+    programs = min(rows, _SUMS) if weight_gradient else rows
+    shape = (programs, 2, width) if weight_gradient else (1,)
+    sums = torch.empty(shape, dtype=torch.float32, device=grad_THK.device)
+    _head_norm_backward_kernel[(programs,)](
+        grad_THK, heads_THK, query_K, key_K, sums, rows, eps,
+        WIDTH=width, HEADS=num_heads, KV_HEADS=num_kv_heads, OFFSET=unit_offset,
+        WEIGHT=weight_gradient, BLOCK_H=16, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    if not weight_gradient:
+        return None
+    query, key = sums.sum(0)
+    return query, key
 
 
 def rotate_(
@@ -275,7 +407,8 @@ def rotate_(
     rows, _, width = states_THK.shape
     _rotate_kernel[(rows,)](
         states_THK, cos_TK, sin_TK, states_THK.stride(0), cos_TK.stride(0),
-        WIDTH=width, HEADS=num_heads, INVERSE=inverse, BLOCK_H=16, num_warps=4,
+        WIDTH=width, HEADS=num_heads, INVERSE=inverse, BLOCK_H=16,
+        BLOCK_W=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
 
 
@@ -291,7 +424,7 @@ def glu(
     block = triton.next_power_of_2(width) if quantize else 2048
     _glu_kernel[(rows, triton.cdiv(width, block))](
         gate_up_TF, out, fp8, scale, gate_up_TF.stride(0), width,
-        SILU=activation == "silu", KEEP=keep, QUANTIZE=quantize, BLOCK=block,
+        KIND=activation, KEEP=keep, QUANTIZE=quantize, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return Operand(out if keep else None, *((fp8, scale) if quantize else (None, None)))
@@ -316,7 +449,7 @@ def glu_backward_(
     _glu_backward_kernel[(rows, triton.cdiv(width, block))](
         grad_TF, gate_up_TF, column_scale_F if quantize else grad_TF, fp8, scale,
         grad_TF if out is None else out,
-        gate_up_TF.stride(0), width, SILU=activation == "silu", AGAIN=again, KEEP=keep,
+        gate_up_TF.stride(0), width, KIND=activation, AGAIN=again, KEEP=keep,
         QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     gradient = Operand(gate_up_TF if keep else None, *((fp8, scale) if quantize else (None, None)))
@@ -333,7 +466,8 @@ def join_rotated(
     q, k, v = (t if t.stride()[1:] == (width, 1) else t.contiguous() for t in (q_THK, k_THK, v_THK))
     _join_kernel[(rows,)](
         q, k, v, cos_TK, sin_TK, out, q.stride(0), k.stride(0), v.stride(0), cos_TK.stride(0),
-        WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=16, num_warps=4,
+        WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=16,
+        BLOCK_W=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
     return out
 

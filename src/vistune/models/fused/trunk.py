@@ -1,14 +1,18 @@
-"""Finds the fused layers of a transformers decoder: which it understands, and why not the others.
+"""A decoder whose layers run fused, over one packed row.
 
 The decoder keeps its parameters; merged weights are the storage its own projections point into, so
-generation, adapters and checkpoints see nothing new.
+generation, adapters and checkpoints see nothing new. Which decoders have a fused form, and how it
+is read off their modules, is `match`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +20,15 @@ from torch import Tensor, nn
 from vistune.models.attention import AUTO, Backend, attend_packed, attend_tail
 from vistune.models.fused import torch_ops
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
-from vistune.models.fused.projection import Adapter, Fp8Linear, Projection
+from vistune.models.fused.match import NotFusable, fused_layer, refuse, why_not_fusable
+from vistune.models.fused.projection import Fp8Linear, base_of
 from vistune.models.fused.tail import TailLayer, run_tail
-from vistune.models.fused.torch_ops import Activation
+from vistune.models.offload import InputStore
 from vistune.types import Tail
 
+__all__ = ["FusedTrunk", "NotFusable", "fuse", "select_ops", "why_not_fusable"]
 
-@dataclass(frozen=True)
-class _Kind:
-    """What is particular to one class of decoder layer."""
-
-    unit_offset: bool = False
-    norm_eps: str = "variance_epsilon"
-
-
-_KINDS = {
-    "LlamaDecoderLayer": _Kind(),
-    "MistralDecoderLayer": _Kind(),
-    "Qwen2DecoderLayer": _Kind(),
-    "GemmaDecoderLayer": _Kind(unit_offset=True, norm_eps="eps"),
-}
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
-
-
-class NotFusable(Exception):  # noqa: N818  (a reason, not an error: the caller falls back by name)
-    """Why a decoder cannot take the fused path."""
+_AttentionOf: TypeAlias = Callable[[FusedLayer], Attention]
 
 
 @dataclass
@@ -59,6 +43,7 @@ class FusedTrunk:
         ops: `torch_ops` or `triton_ops`.
         num_recomputed: Layers, from the first, that are computed again in the backward pass.
         backend: How attention is computed.
+        store: Where the inputs of layers computed again wait; on the device when None.
     """
 
     layers: list[FusedLayer]
@@ -68,24 +53,15 @@ class FusedTrunk:
     ops: ModuleType
     num_recomputed: int = 0
     backend: Backend = AUTO
+    store: InputStore | None = None
 
     def hidden_states(
         self, embeds_BTD: Tensor, position_ids_BT: Tensor, *, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """Runs all layers and the final norm over one packed row [1, T, D]."""
         x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
-
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_packed(
-                query,
-                key,
-                value,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-                backend=self.backend,
-            )
-
-        out: Tensor = self.norm(self(x_TD, cos, sin, attention=attention)[None])
+        attention_of = self._attention_of(cu_seqlens, max_seqlen)
+        out: Tensor = self.norm(self._run(x_TD, cos, sin, attention_of)[None])
         return out
 
     def target_states(
@@ -99,37 +75,36 @@ class FusedTrunk:
     ) -> Tensor:
         """As `hidden_states`, at the positions that predict a target only: [M, D]."""
         x_TD, cos, sin = self._open(embeds_BTD, position_ids_BT)
-
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_packed(
-                query,
-                key,
-                value,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-                backend=self.backend,
-            )
-
-        def tail_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_tail(
-                query,
-                key,
-                value,
-                tail=tail,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-                backend=self.backend,
-            )
-
-        x_TD = self(x_TD, cos, sin, attention=attention, num_layers=len(self.layers) - 1)
+        attention_of = self._attention_of(cu_seqlens, max_seqlen)
+        scoring = self.tail.layer.scoring
+        tail_attention = partial(
+            attend_tail, tail=tail, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+            window=scoring.window, scale=scoring.scale, softcap=scoring.softcap,
+            backend=self.backend,
+        )  # fmt: skip
+        x_TD = self._run(x_TD, cos, sin, attention_of, num_layers=len(self.layers) - 1)
         hidden_UD = run_tail(
             self.tail, x_TD, tail.index_U, cos, sin, attention=tail_attention, ops=self.ops
         )
         out: Tensor = self.norm(hidden_UD.index_select(0, tail.target_index_M))
         return out
 
+    def _attention_of(self, cu_seqlens: Tensor, max_seqlen: int) -> _AttentionOf:
+        def attention_of(layer: FusedLayer) -> Attention:
+            return partial(
+                attend_packed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+                window=layer.scoring.window, scale=layer.scoring.scale,
+                softcap=layer.scoring.softcap, backend=self.backend,
+            )  # fmt: skip
+
+        return attention_of
+
     def _open(self, embeds_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = self.rotary(embeds_BTD, position_ids_BT)
+        kind = embeds_BTD.device.type
+        if torch.is_autocast_enabled(kind):
+            # A trained embedding table is fp32; the stream between layers has their own format.
+            embeds_BTD = embeds_BTD.to(torch.get_autocast_dtype(kind))
         # squeeze, not [0]: the backward pass of an index writes zeros and copies the whole row.
         return embeds_BTD.squeeze(0), cos.squeeze(0), sin.squeeze(0)
 
@@ -142,12 +117,34 @@ class FusedTrunk:
         attention: Attention,
         num_layers: int | None = None,
     ) -> Tensor:
-        """Runs (the first) layers over a packed row [T, D]; the final norm is the caller's."""
+        """Runs (the first) layers over a packed row [T, D]; the final norm is the caller's.
+
+        Args:
+            x_TD: [T, D].
+            cos: Rotary table [T, head width].
+            sin: Rotary table [T, head width].
+            attention: For every layer; it must score as the layers do.
+            num_layers: How many of the layers.
+        """
+        return self._run(x_TD, cos, sin, lambda _: attention, num_layers=num_layers)
+
+    def _run(
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_of: _AttentionOf,
+        *,
+        num_layers: int | None = None,
+    ) -> Tensor:
         for index, layer in enumerate(self.layers[:num_layers]):
             recompute = index < self.num_recomputed and torch.is_grad_enabled()
-            x_TD = run_layer(
-                layer, x_TD, cos, sin, attention=attention, ops=self.ops, recompute=recompute
-            )
+            store = self.store if recompute else None
+            with nullcontext() if store is None else store.moving(x_TD):
+                x_TD = run_layer(
+                    layer, x_TD, cos, sin,
+                    attention=attention_of(layer), ops=self.ops, recompute=recompute,
+                )  # fmt: skip
         return x_TD
 
 
@@ -170,15 +167,12 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
             without a backward pass.
 
     Raises:
-        NotFusable: A layer is of an unknown class, trains base weights, or has adapters with
-            dropout or DoRA; nothing has been changed then.
+        NotFusable: See `match`; nothing has been changed then.
     """
     ops = select_ops(device)
     modules = list(decoder.layers)  # type: ignore[arg-type]
-    _check_attention(decoder.config)
-    for module in modules:
-        _check(module)
-    layers = [_fuse_layer(module, decoder.config) for module in modules]
+    refuse(decoder)
+    layers = [fused_layer(module, decoder.config, index) for index, module in enumerate(modules)]
     width = layers[-1].head_width
     if fp8:
         for module, layer in zip(modules, layers, strict=True):
@@ -201,116 +195,10 @@ def _to_fp8(module: Any, layer: FusedLayer, ops: ModuleType) -> None:
         at = 0
         for owner, name in owners:
             linear = getattr(owner, name)
-            width = _base(linear).out_features
+            width = base_of(linear).out_features
             stand_in = Fp8Linear(projection, at, at + width, ops)
-            if linear is _base(linear):
+            if linear is base_of(linear):
                 setattr(owner, name, stand_in)
             else:
                 linear.base_layer = stand_in
             at += width
-
-
-def why_not_fusable(decoder: nn.Module) -> str | None:
-    """Returns why a decoder cannot take the fused path, or None when it can; changes nothing."""
-    try:
-        _check_attention(decoder.config)
-        for module in decoder.layers:  # type: ignore[union-attr]
-            _check(module)
-    except NotFusable as reason:
-        return str(reason)
-    return None
-
-
-def _check_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
-        raise NotFusable("layers attend through a sliding window")
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if width & (width - 1):
-        raise NotFusable(f"heads are {width} wide, which is no power of two")
-
-
-def _check(module: Any) -> None:
-    name = type(module).__name__
-    if name not in _KINDS:
-        raise NotFusable(f"layers of class {name} have no fused form (known: {', '.join(_KINDS)})")
-    for path, parameter in module.named_parameters():
-        if parameter.requires_grad and ".lora_" not in path:
-            raise NotFusable(f"base weights train ({path})")
-    for linear in _linears(module):
-        if type(_base(linear)) is not nn.Linear:
-            raise NotFusable(f"weights are held as {type(_base(linear)).__name__}")
-        if linear is _base(linear):
-            continue
-        if any(dropout.p > 0 for dropout in _dropouts(linear)):
-            raise NotFusable("adapters have dropout")
-        if any(linear.use_dora.values()) or len(linear.active_adapters) != 1 or linear.merged:
-            raise NotFusable("adapters are merged, several, or DoRA")
-
-
-def _linears(module: Any) -> tuple[Any, ...]:
-    a, m = module.self_attn, module.mlp
-    return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
-
-
-def _base(linear: Any) -> nn.Linear:
-    base: nn.Linear = linear if isinstance(linear, nn.Linear) else linear.base_layer
-    return base
-
-
-def _dropouts(linear: Any) -> list[nn.Dropout]:
-    return [d for d in linear.lora_dropout.values() if isinstance(d, nn.Dropout)]
-
-
-def _project(*linears: Any) -> Projection:
-    """Merges projections that read the same input; each keeps its parameter, as a view."""
-    bases = [_base(linear) for linear in linears]
-    if len(bases) == 1:
-        weight: Tensor = bases[0].weight.data
-        bias: Tensor | None = bases[0].bias
-    else:
-        weight = torch.cat([base.weight.data for base in bases])
-        at = 0
-        for base in bases:
-            base.weight.data = weight[at : at + base.out_features]
-            at += base.out_features
-        biases = [base.bias for base in bases]
-        bias = None if biases[0] is None else torch.cat([b.data for b in biases])
-    adapters, at = [], 0
-    for linear, base in zip(linears, bases, strict=True):
-        if linear is not base:
-            name = linear.active_adapters[0]
-            adapters.append(
-                Adapter(
-                    down_RI=linear.lora_A[name].weight,
-                    up_OR=linear.lora_B[name].weight,
-                    scale=linear.scaling[name],
-                    start=at,
-                    stop=at + base.out_features,
-                )
-            )
-        at += base.out_features
-    return Projection(weight, None if bias is None else bias.data, tuple(adapters))
-
-
-def _fuse_layer(module: Any, config: Any) -> FusedLayer:
-    kind = _KINDS[type(module).__name__]
-    attention, mlp = module.self_attn, module.mlp
-    hidden_act = getattr(config, "hidden_activation", None) or config.hidden_act
-    if hidden_act not in _ACTIVATIONS:
-        raise NotFusable(f"activation {hidden_act} has no fused form")
-    width = attention.head_dim
-    return FusedLayer(
-        qkv=_project(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_project(attention.o_proj),
-        gate_up=_project(mlp.gate_proj, mlp.up_proj),
-        down=_project(mlp.down_proj),
-        norm1_D=module.input_layernorm.weight.data,
-        norm2_D=module.post_attention_layernorm.weight.data,
-        eps=getattr(module.input_layernorm, kind.norm_eps),
-        unit_offset=kind.unit_offset,
-        activation=_ACTIVATIONS[hidden_act],
-        num_heads=_base(attention.q_proj).out_features // width,
-        num_kv_heads=_base(attention.k_proj).out_features // width,
-        head_width=width,
-    )
