@@ -199,3 +199,49 @@ def test_special_tokens_that_take_blanks_with_them() -> None:
     for text in ("a<|r|> b", "a <|r|>  b c", "a <|l|> b", "a\n <|l|>b", "<|r|> ", " <|l|>"):
         turns = turns_of([text, f"x {text}"], 3)
         assert counted(counter, turns) == exact(encoder, turns)
+
+
+WORDS = st.sampled_from(
+    [
+        "What",
+        "is",
+        "dog,",
+        "(12)",
+        "isn't",
+        "你好，",
+        "x\nAnswer",
+        "end.\n\n1.",
+        "é",
+        "0.25]",
+        "<b>",
+    ]
+)
+SENTENCES = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "plain" not in name])
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(SENTENCES, min_size=2, max_size=6), image_at=st.integers(0, 3))
+def test_plain_conversations_are_counted_turn_by_turn(
+    name: str, texts: list[str], image_at: int
+) -> None:
+    encoder = ENCODERS[name]
+    counter = TokenCounter(encoder)
+    turns = turns_of(texts[: len(texts) // 2 * 2], image_at)
+    assert counted(counter, turns) == exact(encoder, turns)
+    rounds = counter._rounds
+    assert (rounds is None) == (encoder.template.frame() is None or name == "gemma/chatml")
+    if rounds is not None:
+        tokens, learnt = rounds.count(turns)  # and not by falling back
+        assert (tokens + encoder.num_leading_tokens, learnt) == exact(encoder, turns)[::2]
+
+
+def test_a_special_token_inside_another_is_no_place_to_cut() -> None:
+    for other in ("<</s>>", "</s>>", "x</s>"):
+        tokenizer = llama_tokenizer(extra=(other,))
+        encoder = make_encoder("vicuna_v1", tokenizer)
+        counter = TokenCounter(encoder)
+        assert counter._rounds is None
+        for texts in (["a <", "b <", "> c", "d"], ["a", "x", "> c", "x"]):
+            turns = turns_of(texts, 3)
+            assert counted(counter, turns) == exact(encoder, turns)

@@ -8,7 +8,7 @@ be counted so, for one row or for a whole tokenizer, is tokenised.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vistune.data.encode import Encoder, Size
 from vistune.data.rounds import Context, Piece, Rounds
@@ -22,8 +22,7 @@ _MAX_JOINTS = 50_000
 _MAX_LEADS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """What a conversation would become.
 
     Args:
@@ -96,9 +95,7 @@ class TokenCounter:
         image_tokens = tokens.num_image_tokens
         return Counts(int(tokens.ids.size) - image_tokens, image_tokens, int(tokens.mask[1:].sum()))
 
-    def _count_rounds(
-        self, rounds: Rounds, turns: Sequence[Turn], sizes: Sequence[Size]
-    ) -> Counts:
+    def _count_rounds(self, rounds: Rounds, turns: Sequence[Turn], sizes: Sequence[Size]) -> Counts:
         if turns[0].speaker == "system":
             raise UncleanError
         check_order(turns)
@@ -110,9 +107,7 @@ class TokenCounter:
                     image_tokens += self._encoder.num_image_tokens(part, sizes)
         return Counts(self._num_leading + text_tokens, image_tokens, target_tokens)
 
-    def _measure(
-        self, pieces: Sequence[Piece], context: Context, closes: bool
-    ) -> tuple[int, int]:
+    def _measure(self, pieces: Sequence[Piece], context: Context, closes: bool) -> tuple[int, int]:
         """Returns tokens and target tokens of pieces; see `rounds.Measure`."""
         assert self._words is not None
         if closes and not self._words.is_clean("".join([text for text, _ in pieces])):
@@ -245,9 +240,7 @@ class TokenCounter:
                 self._closed_joints[context, is_learnt, pieces] = found
         return found
 
-    def _joint(
-        self, pieces: tuple[str, ...], is_learnt: bool, context: Context
-    ) -> tuple[int, int]:
+    def _joint(self, pieces: tuple[str, ...], is_learnt: bool, context: Context) -> tuple[int, int]:
         """Returns tokens and target tokens of one word in pieces, every other of them learnt."""
         if len(pieces) == 1 and context == "word" and self._words is not None:
             number = self._words.table.get(pieces[0][1:])

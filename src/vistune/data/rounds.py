@@ -71,12 +71,13 @@ class Slot:
     def __init__(
         self, words: Words, measure: Measure, left: Seam, right: Seam, *, is_learnt: bool
     ) -> None:
-        self._words = words
+        self._lookup, self._count_last = words.lookup, words.count_last
         self._measure = measure
         self._left, self._right, self._is_learnt = left, right, is_learnt
         # The first word is one like others where just a blank of its own kind stands in front.
-        self._begins_plain = left.context == "word" and left.right == ((" ", is_learnt),)
-        self._ends_plain = not right.left
+        begins_plain = left.context == "word" and left.right == ((" ", is_learnt),)
+        self._is_plain = begins_plain and not right.left
+        self._closes = right.closes
         self._heads: dict[str, tuple[int, int]] = {}
         self._tails: dict[str, tuple[int, int]] = {}
         self._whole: dict[str, tuple[int, int]] = {}
@@ -88,19 +89,19 @@ class Slot:
             UncleanError: It cannot be cut everywhere that it would be.
         """
         parts = text.split(" ")
-        if self._begins_plain and self._ends_plain:
-            if self._right.closes:
-                number = sum(map(self._words.lookup, parts))
+        if self._is_plain:
+            if self._closes:
+                number = sum(map(self._lookup, parts))
             else:
-                last = parts.pop()
-                number = sum(map(self._words.lookup, parts)) + self._words.count_last(last)
+                number = self._count_last(parts.pop())
+                number += sum(map(self._lookup, parts))
             return number, number if self._is_learnt else 0
         if len(parts) == 1:
             return self._whole.get(text) or self._only(text)
         first, last = parts[0], parts[-1]
         head, head_learnt = self._heads.get(first) or self._head(first)
         tail, tail_learnt = self._tails.get(last) or self._tail(last)
-        inner = sum(map(self._words.lookup, parts[1:-1]))
+        inner = sum(map(self._lookup, parts[1:-1]))
         learnt = head_learnt + tail_learnt
         return head + inner + tail, learnt + inner if self._is_learnt else learnt
 
@@ -118,9 +119,7 @@ class Slot:
         return _kept(self._whole, text, found)
 
 
-def _kept(
-    table: dict[str, tuple[int, int]], text: str, found: tuple[int, int]
-) -> tuple[int, int]:
+def _kept(table: dict[str, tuple[int, int]], text: str, found: tuple[int, int]) -> tuple[int, int]:
     if len(table) < _MAX_KEPT:
         table[text] = found
     return found
@@ -147,6 +146,9 @@ class Rounds:
         self._questions = slot(first, answer), slot(ask, answer)
         self._before_image = slot(first, IMAGE), slot(ask, IMAGE)
         self._between_images, self._behind_image = slot(IMAGE, IMAGE), slot(IMAGE, answer)
+        # Right behind an image the text begins with what the template says.
+        begun = cutter.first(frame.answer)
+        self._image_ends = begun.tokens - answer.tokens, begun.learnt - answer.learnt
         self._answer, self._last = (slot(answer, seam, is_learnt=True) for seam in (ask, end))
 
     @classmethod
@@ -205,7 +207,7 @@ class Rounds:
             total, learnt = total + more, learnt + more_learnt
             text, slot, has_image = "", self._between_images, True
         slot = self._behind_image if has_image else self._questions[not is_first]
-        more, more_learnt = slot.count(text)
+        more, more_learnt = slot.count(text) if text or not has_image else self._image_ends
         return total + more, learnt + more_learnt
 
 

@@ -101,13 +101,10 @@ class _Table(dict[str, int]):
     So a list of words is summed in one pass, whether all of them were met before or not.
     """
 
-    def __init__(self, learn: Callable[[str], int], is_clean: Callable[[str], bool]) -> None:
+    def __init__(self, learn: Callable[[str], int]) -> None:
         self._learn = learn
-        self._is_clean = is_clean
 
     def __missing__(self, word: str) -> int:
-        if not self._is_clean(word):
-            raise UncleanError
         number = self._learn(word)
         if len(word) <= _MAX_WORD_CHARS and len(self) < _MAX_WORDS:
             self[word] = number
@@ -135,7 +132,7 @@ class Words:
         pairs: frozenset[str] | None,
         forbidden_id: int,
     ) -> None:
-        self.table = _Table(self._learn, self.is_clean)
+        self.table = _Table(self._meet)
         """Tokens of the clean words met so far."""
         self.lookup = self.table.__getitem__
         """Returns the tokens of a word behind which there is a blank, or raises UncleanError."""
@@ -184,6 +181,15 @@ class Words:
             UncleanError: A blank may not be cut at behind one of them.
         """
         return sum(map(self.lookup, words))
+
+    def _meet(self, word: str) -> int:
+        """Returns the tokens of a clean word."""
+        # Letters and digits alone are clean, unless an added token stands among them.
+        if self._model is None or not word.isalnum() or self._added.may_be_in(word):
+            if not self.is_clean(word):
+                raise UncleanError
+            return self._learn(word)
+        return len(self._model.tokenize("▁" + word))
 
     def _learn(self, word: str) -> int:
         if self._pairs is not None and word[-1:] in _MARK_CHARS and not self._added.may_be_in(word):

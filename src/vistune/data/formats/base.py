@@ -224,8 +224,8 @@ def _check_turns(turns: list[tuple[Speaker, str]]) -> None:
             "the conversation has no question", reason="empty_conversation", fix="drop the row"
         )
     speakers = [speaker for speaker, _ in turns]
-    if speakers == ["user", "assistant"] * (len(turns) // 2) and not any(
-        [not text or text.isspace() for _, text in turns[1::2]]
+    if speakers == ["user", "assistant"] * (len(turns) // 2) and all(
+        text and not text.isspace() for _, text in turns[1::2]
     ):
         return
     for index, (speaker, text) in enumerate(turns):

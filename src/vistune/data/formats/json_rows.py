@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vistune.data.formats.base import IMAGE_MARK, conversation, row_id, source_name
 from vistune.data.formats.parquet_rows import ParquetRows, is_parquet
@@ -25,8 +24,7 @@ SPEAKERS: dict[str, Speaker] = {
 """Who is meant by the role names found in the field."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowContent:
+class RowContent(NamedTuple):
     """A row as its format means it.
 
     Args:

@@ -40,7 +40,7 @@ def from_value_turns(row: dict[str, Any]) -> list[tuple[Speaker, str]]:
         said = [(SPEAKERS[turn["from"]], turn["value"]) for turn in turns]
     except (KeyError, TypeError):
         said = []  # something is wrong with one of them
-    if len(said) == len(turns) and all([type(text) is str for _, text in said]):
+    if len(said) == len(turns) and all(type(text) is str for _, text in said):
         return said
     out: list[tuple[Speaker, str]] = []
     for k, turn in enumerate(turns):
