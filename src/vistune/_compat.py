@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,8 +100,18 @@ def apply_exactly(model: nn.Module, apply: Callable[[], object]) -> None:
             module.register_buffer(name, table.to(moved.device), persistent=False)
 
 
-def set_recompute(layer: nn.Module, *, on: bool) -> bool:
+def set_recompute(
+    layer: nn.Module,
+    *,
+    on: bool,
+    keeping: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+) -> bool:
     """Turns activation checkpointing of one decoder layer on or off.
+
+    Args:
+        layer: The layer.
+        on: Whether it is computed again in the backward pass.
+        keeping: What the layer's input is kept within (`models.offload`), or None.
 
     Relies on `GradientCheckpointingLayer.gradient_checkpointing` and
     `_gradient_checkpointing_func` (5.17 and 5.23); transformers itself offers only a switch for
@@ -112,8 +123,20 @@ def set_recompute(layer: nn.Module, *, on: bool) -> bool:
     if not isinstance(layer, GradientCheckpointingLayer):
         return False
     layer.gradient_checkpointing = on
-    layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    layer._gradient_checkpointing_func = functools.partial(_recomputed, keeping)
     return True
+
+
+def _recomputed(
+    keeping: Callable[[Tensor], AbstractContextManager[None]] | None,
+    function: Callable[..., Any],
+    input_: Tensor,
+    *args: Any,
+) -> Any:
+    # Torch keeps a checkpoint's inputs as saved tensors, to which hooks around it apply (2.11 to
+    # 2.13); what the layer itself saves is not kept.
+    with nullcontext() if keeping is None else keeping(input_):
+        return checkpoint(function, input_, *args, use_reentrant=False)
 
 
 class Decoding:

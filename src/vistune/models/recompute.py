@@ -7,14 +7,18 @@ from torch import nn
 from vistune import _compat
 from vistune.errors import ModelError
 from vistune.models.contract import TunableModel
+from vistune.models.offload import InputStore
 
 
-def set_checkpoint_layers(model: TunableModel, num_layers: int) -> None:
+def set_checkpoint_layers(
+    model: TunableModel, num_layers: int, *, store: InputStore | None = None
+) -> None:
     """Makes the first decoder layers recompute their activations in the backward pass.
 
     Args:
         model: The model; it must be in training mode for this to have an effect.
         num_layers: How many, from the first layer on; 0 turns it off.
+        store: Where the inputs of these layers wait; on the device when None.
 
     Raises:
         ModelError: There are fewer layers, or they cannot be recomputed.
@@ -28,7 +32,8 @@ def set_checkpoint_layers(model: TunableModel, num_layers: int) -> None:
             expected=f"0 to {len(layers)}",
         )
     for index, layer in enumerate(layers):
-        if not _compat.set_recompute(layer, on=index < num_layers) and index < num_layers:
+        on, keeping = index < num_layers, None if store is None else store.moving
+        if not _compat.set_recompute(layer, on=on, keeping=keeping) and on:
             raise ModelError(
                 f"{type(layer).__name__} cannot recompute its activations",
                 where="train.checkpoint_layers",

@@ -20,6 +20,7 @@ from vistune.recipe.base import (
     Section,
 )
 from vistune.recipe.model import ModelConfig
+from vistune.recipe.offload import OffloadConfig
 
 FrozenFormat: TypeAlias = Literal["same", "fp8", "int8", "nf4"]
 
@@ -306,6 +307,8 @@ class TrainConfig(Section):
     checkpoint_layers: NonNegativeInt | Auto = 0
     """Language-model layers whose activations are recomputed in the backward pass, from the first
     layer on; saves memory, costs time. `auto`: as few as `vistune plan` says will fit."""
+    offload: OffloadConfig = OffloadConfig()
+    """What waits in the host's memory."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Run the language model's layers as fused functions: less time and memory, the same numbers.
     Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
@@ -316,7 +319,7 @@ class TrainConfig(Section):
     each sample, everywhere. `npu`: Ascend's fused attention. `flash_attn`: the package of that name
     (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at the
     start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
-    tower, whose images are a plain batch, takes the named one too where it has something to gain."""
+    tower, whose images are a plain batch, takes the one named here where it can."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Arithmetic inside fp32 matrix products. `highest` is fp32 throughout; `high` and `medium` let
     torch take TF32 or bf16 where the device has them, and another library's fp32 kernels where it
@@ -328,6 +331,17 @@ class TrainConfig(Section):
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("set exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_effect(self) -> Self:
+        if self.offload.activations and self.checkpoint_layers == 0:
+            raise ValueError(
+                "train.offload.activations moves the inputs of recomputed layers, and there are"
+                " none: set train.checkpoint_layers"
+            )
+        if self.offload.optimizer and self.optimizer != "adamw":
+            raise ValueError(f"train.offload.optimizer is for adamw, not {self.optimizer}")
         return self
 
 

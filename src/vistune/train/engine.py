@@ -36,6 +36,7 @@ def set_up_engine(
     from vistune.models.attention.install import install_attention
     from vistune.models.compose import ComposedVLM
     from vistune.models.fused.install import install_fused
+    from vistune.models.offload import InputStore
     from vistune.models.recompute import set_checkpoint_layers
 
     train, language = recipe.train, recipe.tune.language
@@ -45,7 +46,8 @@ def set_up_engine(
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     set_training_mode(model, recipe.tune, model.module_map)
-    set_checkpoint_layers(model, train.checkpoint_layers)
+    store = InputStore(device.torch_device) if train.offload.activations else None
+    set_checkpoint_layers(model, train.checkpoint_layers, store=store)
     let_layers_recompute(model)
     attention = install_attention(
         model,
@@ -64,4 +66,22 @@ def set_up_engine(
     say(fused)
     if isinstance(model, ComposedVLM) and model.fused is not None:
         model.fused.backend = attention.backend
-    return {"attention": attention.to_json(), "layers": fused}
+        model.fused.store = store
+    offloaded = _offload(recipe, device)
+    if offloaded:
+        say(offloaded)
+    return {"attention": attention.to_json(), "layers": fused, "offload": offloaded}
+
+
+def _offload(recipe: Recipe, device: Device) -> str:
+    """Says what waits in the host's memory; empty when nothing does."""
+    train = recipe.train
+    waiting = []
+    if train.offload.activations:
+        waiting.append(f"inputs of {train.checkpoint_layers} recomputed layers")
+    if train.offload.optimizer:
+        waiting.append("optimizer state")
+    if not waiting:
+        return ""
+    where = " (which is the device's: nothing is gained)" if device.kind == "cpu" else ""
+    return f"in the host's memory{where}: {', '.join(waiting)}"

@@ -300,7 +300,7 @@ class _Steps:
 
     def _optimizer_state_to_come(self, module: nn.Module) -> list[torch.Tensor]:
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        num_bytes = sizes.optimizer_bytes(count, self.recipe.train.optimizer)
+        num_bytes = sizes.resident_optimizer_bytes(count, self.recipe.train)
         return [torch.empty(num_bytes, dtype=torch.uint8, device=self.job.device.torch_device)]
 
     def _backward(self, module: nn.Module, rows: Sequence[Batch], *, what: str) -> StepSums:

@@ -1,4 +1,7 @@
-"""AdamW over the trained parameters, grouped by role, in 32 or 8 bit; frozen weights have none."""
+"""AdamW over the trained parameters, grouped by role: in 32 or 8 bit, on the device or offloaded.
+
+Frozen weights have no state.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import nn
 
 from vistune.device.bits import import_bitsandbytes
 from vistune.recipe import TrainConfig
+from vistune.train.offload import OffloadedAdamW
 from vistune.types import RoleName
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -74,6 +78,8 @@ def build_optimizer(
         made = bitsandbytes.optim.AdamW8bit(rows, betas=train.betas, eps=train.eps)
         assert isinstance(made, torch.optim.Optimizer)
         return made
+    if train.offload.optimizer:
+        return OffloadedAdamW(rows, betas=train.betas, eps=train.eps)
     kinds = {p.device.type for row in rows for p in row["params"]}
     return torch.optim.AdamW(
         rows,
