@@ -21,6 +21,8 @@ def sums(rows):
         num_targets=sum(r.num_targets for r in rows),
         nll_per_source={"main": 1.0},
         targets_per_source={"main": 1},
+        tokens_per_source={"main": sum(r.num_tokens for r in rows)},
+        samples_per_source={"main": sum(r.num_samples for r in rows)},
         grad_norm=1.0,
         num_samples=sum(r.num_samples for r in rows),
         num_tokens=sum(r.num_tokens for r in rows),

@@ -82,6 +82,9 @@ def test_loss_and_counts_per_source():
     rows = [make_row((7, 4), seed=0, sources=("a", "b")), make_row((9,), seed=1, sources=("a",))]
     _, sums = step(fresh(), rows, sources=("a", "b", "unused"))
     assert sums.targets_per_source == {"a": 7, "b": 1, "unused": 0}
+    assert sums.tokens_per_source == {"a": 16, "b": 4, "unused": 0}
+    assert sums.samples_per_source == {"a": 2, "b": 1, "unused": 0}
+    assert (sums.num_targets, sums.num_tokens, sums.num_samples) == (8, 20, 3)
     assert set(sums.loss_per_source) == {"a", "b"}
     weighted = (7 * sums.loss_per_source["a"] + sums.loss_per_source["b"]) / 8
     assert sums.loss == pytest.approx(weighted)

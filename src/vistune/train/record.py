@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vistune.device import Device
@@ -32,6 +32,9 @@ class StepRecord:
         epoch: Samples seen over samples of an epoch.
         loss: Mean negative log-likelihood per target token, nats.
         loss_per_source: The same for each data source with targets in this step.
+        target_tokens_per_source: `target_tokens` by data source.
+        tokens_per_source: `tokens` by data source.
+        samples_per_source: `samples` by data source.
         lr: Learning rate of this update by role.
         grad_norm: Global gradient norm before clipping.
         target_tokens: Tokens learnt from.
@@ -57,6 +60,9 @@ class StepRecord:
     epoch: float
     loss: float
     loss_per_source: dict[str, float]
+    target_tokens_per_source: dict[str, int]
+    tokens_per_source: dict[str, int]
+    samples_per_source: dict[str, int]
     lr: dict[str, float]
     grad_norm: float
     target_tokens: int
@@ -81,6 +87,36 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class SourceTotals:
+    """What one data source gave in some steps, over all processes.
+
+    Args:
+        samples: Samples.
+        tokens: Their tokens, image tokens included.
+        target_tokens: Tokens learnt from.
+        nll: Summed negative log-likelihood of these, nats.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    nll: float = 0.0
+
+    def __add__(self, other: SourceTotals) -> SourceTotals:
+        return SourceTotals(
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.target_tokens + other.target_tokens,
+            self.nll + other.nll,
+        )
+
+    @property
+    def loss(self) -> float | None:
+        """Mean negative log-likelihood per target token, nats; None without targets."""
+        return self.nll / self.target_tokens if self.target_tokens else None
+
+
+@dataclass(frozen=True)
 class Totals:
     """What was done in some wall time.
 
@@ -93,6 +129,7 @@ class Totals:
         flops: Operations needed on this process; None where the model's cost is not known.
         computed_tokens: Tokens computed on this process.
         padding_tokens: Of these, those of no sample.
+        sources: What every data source gave.
     """
 
     seconds: float = 0.0
@@ -103,6 +140,7 @@ class Totals:
     flops: int | None = 0
     computed_tokens: int = 0
     padding_tokens: int = 0
+    sources: dict[str, SourceTotals] = field(default_factory=dict)
 
     def __add__(self, other: Totals) -> Totals:
         flops = None if self.flops is None or other.flops is None else self.flops + other.flops
@@ -115,6 +153,11 @@ class Totals:
             flops,
             self.computed_tokens + other.computed_tokens,
             self.padding_tokens + other.padding_tokens,
+            {
+                name: self.sources.get(name, SourceTotals())
+                + other.sources.get(name, SourceTotals())
+                for name in dict.fromkeys([*self.sources, *other.sources])
+            },
         )
 
     def per_s(self, amount: float) -> float | None:
@@ -178,6 +221,15 @@ class Clock:
             flops=None if self._cost is None else sum(self._cost(row) for row in rows),
             computed_tokens=computed,
             padding_tokens=computed - used,
+            sources={
+                name: SourceTotals(
+                    sums.samples_per_source[name],
+                    sums.tokens_per_source[name],
+                    sums.targets_per_source[name],
+                    nll,
+                )
+                for name, nll in sums.nll_per_source.items()
+            },
         )
 
     def pause(self, seconds: float) -> None:
@@ -202,6 +254,9 @@ class Clock:
             epoch=progress.num_samples / max(1, samples_per_epoch),
             loss=sums.loss,
             loss_per_source=sums.loss_per_source,
+            target_tokens_per_source=sums.targets_per_source,
+            tokens_per_source=sums.tokens_per_source,
+            samples_per_source=sums.samples_per_source,
             lr=lr,
             grad_norm=sums.grad_norm,
             target_tokens=sums.num_targets,

@@ -80,7 +80,24 @@ def print_result(result: TrainResult, console: Console, *, total_steps: int) -> 
         soft_wrap=True,
         highlight=False,
     )
+    print_sources(result, console)
     print_speed(result, console)
+
+
+def print_sources(result: TrainResult, console: Console) -> None:
+    """Says what every data source of a mixture gave over the logged steps, a line each."""
+    done = result.totals
+    if len(done.sources) < 2 or not done.samples:
+        return
+    for name, source in done.sources.items():
+        loss = "" if source.loss is None else f", mean loss {source.loss:.4f}"
+        console.print(
+            f"source {name}: {source.samples:,} samples ({source.samples / done.samples:.2%}),"
+            f" {source.tokens:,} tokens, {source.target_tokens:,} learnt from{loss}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
 
 def print_speed(result: TrainResult, console: Console) -> None:

@@ -127,6 +127,8 @@ class StepSums:
         num_targets: Target tokens.
         nll_per_source: Summed negative log-likelihood by source.
         targets_per_source: Target tokens by source.
+        tokens_per_source: Tokens of samples by source, image tokens included.
+        samples_per_source: Samples by source.
         grad_norm: Global gradient norm before clipping.
         num_samples: Samples.
         num_tokens: Tokens, image tokens included.
@@ -136,6 +138,8 @@ class StepSums:
     num_targets: int
     nll_per_source: dict[str, float]
     targets_per_source: dict[str, int]
+    tokens_per_source: dict[str, int]
+    samples_per_source: dict[str, int]
     grad_norm: float
     num_samples: int
     num_tokens: int
@@ -188,23 +192,11 @@ def backward_step(
         The step's sums. The device is waited for once, at the end.
     """
     numbered = {name: number for number, name in enumerate(sources)}
-    counts = torch.zeros(len(sources) + 3, dtype=torch.int64)
-    counts[-3:] = torch.tensor(
-        [
-            sum(row.num_samples for row in rows),
-            sum(row.num_tokens for row in rows),
-            sum(row.num_image_tokens for row in rows),
-        ]
-    )
     source_of_target = [_source_of_target(row, numbered) for row in rows]
-    for row, numbers in zip(rows, source_of_target, strict=True):
-        if numbers is None:
-            counts[0] += row.num_targets
-        else:
-            counts[:-3] += torch.bincount(numbers, minlength=len(sources))
+    counts = _count(rows, numbered)
     # The one reduction before the first backward: what every loss is divided by.
     counts = strategy.world.sum(counts.to(device, non_blocking=True))
-    num_targets = counts[:-3].sum().clamp(min=1).float()
+    num_targets = counts[: len(sources)].sum().clamp(min=1).float()
 
     nll_per_source = torch.zeros(len(sources), dtype=torch.float32, device=device)
     for index, (row, numbers) in enumerate(zip(rows, source_of_target, strict=True)):
@@ -223,6 +215,24 @@ def backward_step(
     return _read(counts, strategy.world.sum(nll_per_source), norm, sources)
 
 
+def _count(rows: Sequence[Batch], numbered: dict[str, int]) -> torch.Tensor:
+    """Returns int64 [3 * sources + 1]: targets, tokens, samples by source, then image tokens.
+
+    A row that stands for nothing (all its samples failed) holds one token, which is not counted.
+    """
+    counts = torch.zeros(3, len(numbered), dtype=torch.int64)
+    for row in rows:
+        if not row.num_samples:
+            continue
+        source_S = torch.tensor([numbered[name] for name in row.sources], dtype=torch.int64)
+        targets_S = torch.bincount(row.target_sample_M, minlength=row.num_samples)
+        tokens_S = row.cu_seqlens.diff().long()
+        of_samples = torch.stack([targets_S, tokens_S, torch.ones_like(tokens_S)])
+        counts.index_add_(1, source_S, of_samples)
+    images = torch.tensor([sum(row.num_image_tokens for row in rows)])
+    return torch.cat([counts.reshape(-1), images])
+
+
 def _source_of_target(row: Batch, numbered: dict[str, int]) -> torch.Tensor | None:
     """Returns the source number of each target of a row on the CPU; None with a single source."""
     if len(numbered) == 1:
@@ -237,13 +247,18 @@ def _read(
     """Brings a step's sums to the host: the step's one wait for the device."""
     counted = counts.tolist()
     *per_source, grad_norm = torch.cat([nll, norm.detach().float().reshape(1)]).tolist()
-    targets = dict(zip(sources, counted[:-3], strict=True))
+    number = len(sources)
+    targets, tokens, samples = (
+        dict(zip(sources, counted[k * number : (k + 1) * number], strict=True)) for k in range(3)
+    )
     return StepSums(
         num_targets=sum(targets.values()),
         nll_per_source=dict(zip(sources, per_source, strict=True)),
         targets_per_source=targets,
+        tokens_per_source=tokens,
+        samples_per_source=samples,
         grad_norm=grad_norm,
-        num_samples=counted[-3],
-        num_tokens=counted[-2],
+        num_samples=sum(samples.values()),
+        num_tokens=sum(tokens.values()),
         num_image_tokens=counted[-1],
     )

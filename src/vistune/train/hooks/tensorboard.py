@@ -79,6 +79,7 @@ class TensorBoardHook(Hook):
         entries = record.to_json()
         numbers = {name: entries[name] for name in _SCALARS if entries[name] is not None}
         numbers |= {f"loss/{name}": value for name, value in record.loss_per_source.items()}
+        numbers |= {f"tokens/{name}": value for name, value in record.tokens_per_source.items()}
         numbers |= {f"lr/{role}": value for role, value in record.lr.items()}
         values = [Summary.Value(tag=f"train/{k}", simple_value=v) for k, v in numbers.items()]
         self._write(step=record.step, summary=Summary(value=values))
