@@ -1,5 +1,7 @@
 """Bytes predicted without weights are the bytes a real model keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_parts import composed, parts
@@ -117,6 +119,25 @@ def test_recomputing_and_more_tokens_move_the_peak_the_right_way(tmp_path):
     row = RowSize(65536, 8, 32, 65536)
     again = [memory.predict(row, checkpoint_layers=n).peak for n in (0, 1, 2)]
     assert again[0] >= again[1] >= again[2]
+
+
+def test_offload_leaves_little_of_state_and_of_recomputed_inputs(tmp_path):
+    plain = planned(tmp_path, LORA, fused=True)
+    moved = planned(
+        tmp_path,
+        LORA,
+        fused=True,
+        checkpoint_layers="auto",
+        offload={"activations": True, "optimizer": True},
+    )
+    assert sum(b.optimizer for b in moved.roles.values()) == 0
+    trained = sum(b.optimizer for b in plain.roles.values()) // 8
+    assert moved.visiting == 3 * 8 * trained and plain.visiting == 0
+    row = RowSize(65536, 8, 32, 65536)
+    deep = {name: replace(m, num_layers=41) for name, m in (("on", plain), ("off", moved))}
+    kept = {name: m.predict(row, checkpoint_layers=40).activations for name, m in deep.items()}
+    # Of 40 inputs three are on the device: one in use, two on their way.
+    assert kept["on"] - kept["off"] == 37 * 65536 * plain.layer.kept_recomputed
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -30,10 +30,15 @@ from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
 from vistune.models.fused.trunk import why_not_fusable
 from vistune.models.kept import kept_slope
+from vistune.models.offload import IN_FLIGHT
 from vistune.models.recompute import decoder_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
-from vistune.recipe.sizes import LOGITS_PER_CHUNK, optimizer_bytes
+from vistune.recipe.sizes import (
+    LOGITS_PER_CHUNK,
+    resident_optimizer_bytes,
+    visiting_optimizer_bytes,
+)
 from vistune.types import ROLES, RoleName
 
 WORKSPACE_BYTES = 96 * 2**20
@@ -134,6 +139,8 @@ class MemoryModel:
         vocabulary_size: Width of the logits.
         fused: Whether the decoder's layers run fused.
         work: Operations, for estimates of time.
+        visiting: Bytes of offloaded optimizer state that are on the device during an update.
+        moves_inputs: Whether inputs of layers computed again wait on the host.
     """
 
     roles: dict[RoleName, RoleBytes]
@@ -148,6 +155,8 @@ class MemoryModel:
     vocabulary_size: int
     fused: bool
     work: ModelWork | None
+    visiting: int = 0
+    moves_inputs: bool = False
 
     def predict(self, row: RowSize, *, checkpoint_layers: int = 0) -> Prediction:
         """Returns the peak of a step.
@@ -158,9 +167,11 @@ class MemoryModel:
         """
         inner = self.num_layers - 1
         again = min(checkpoint_layers, inner)
+        # Inputs on their way out or back, and the one in use.
+        here = min(again, IN_FLIGHT + 1) if self.moves_inputs else again
         tokens = row.num_tokens
         kept = tokens * (
-            (inner - again) * self.layer.kept + again * self.layer.kept_recomputed + self.row
+            (inner - again) * self.layer.kept + here * self.layer.kept_recomputed + self.row
         )
         kept += tokens * self.tail_kept + row.num_tail_tokens * self.tail_kept_target
         tower = row.num_images * self.image_kept
@@ -177,13 +188,13 @@ class MemoryModel:
         gradients = total("gradients")
         always = total("casts") + tower + (gradients if several else 0)
         # A layer computed again makes all that it keeps once more; by then those after it are done.
-        once_more = tokens * (again * self.layer.kept_recomputed + self.layer.kept + self.row)
+        once_more = tokens * (here * self.layer.kept_recomputed + self.layer.kept + self.row)
         phases = {
             "forward": always + kept + logits,
             "backward": always + kept + passing,
             "recompute": (always + once_more + passing) if again else 0.0,
             "tower": always + images,
-            "update": float(gradients),
+            "update": float(gradients + self.visiting),
         }
         where = max(phases, key=lambda name: phases[name])
         return Prediction(
@@ -226,6 +237,7 @@ def memory_model(
     fused = fused and not _is_quantised(tune) and why_not_fusable(decoder) is None
     layers = decoder_layers(model)
     work = work_of(model, tune)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
     roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype)
     if fused:
         decoder_bytes = _fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
@@ -247,6 +259,8 @@ def memory_model(
         vocabulary_size=int(head.weight.shape[0]),
         fused=fused,
         work=work,
+        visiting=visiting_optimizer_bytes(sum(trained), train),
+        moves_inputs=train.offload.activations,
     )
 
 
@@ -307,7 +321,7 @@ def _role_bytes(
         found[role] = RoleBytes(
             before.weights + 4 * count,
             before.gradients + 4 * count,
-            before.optimizer + optimizer_bytes(count, train.optimizer),
+            before.optimizer + resident_optimizer_bytes(count, train),
             before.casts + cast,
         )
     if frozen_format == "fp8":
