@@ -22,10 +22,19 @@ from vistune.data.image import ImagePlan
 from vistune.data.layout import ImageLayout, load_layout
 from vistune.data.template import resolve_template
 from vistune.errors import CheckpointError, DataError
+from vistune.models.anyres import tiles_of, with_tiles
 from vistune.models.build import build_model
+from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, load_trainable
-from vistune.recipe import DataConfig, ImageConfig, ModelConfig, Recipe, TuneConfig
+from vistune.recipe import (
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    Recipe,
+    TilesConfig,
+    TuneConfig,
+)
 from vistune.types import ImageDefaults
 
 if TYPE_CHECKING:
@@ -41,12 +50,14 @@ class Blueprint:
         facts: Tokenizer, grid and configs of the parts.
         encoder: How text and images become tokens.
         checkpoint: The checkpoint to lay over the parts, or None.
+        adds_tiles: Whether `parts.tiles` are new to what is gone on from.
     """
 
     parts: ModelConfig
     facts: ModelFacts
     encoder: Encoder
     checkpoint: Path | None = None
+    adds_tiles: bool = False
 
 
 @dataclass
@@ -77,23 +88,64 @@ def draw(recipe: Recipe) -> Blueprint:
     if recipe.model.from_checkpoint is None:
         facts = describe(recipe.model)
         return Blueprint(recipe.model, facts, _encoder(recipe.data, facts, inherited=None))
-    return _draw_from(Path(recipe.model.from_checkpoint), recipe.data)
+    found = _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model.tiles)
+    return found
 
 
-def _draw_from(path: Path, data: DataConfig | None) -> Blueprint:
+def _draw_from(path: Path, data: DataConfig | None, tiles: TilesConfig | None = None) -> Blueprint:
     folder = resolve_checkpoint(path)
-    if not (folder / MANIFEST_NAME).is_file():
-        parts = ModelConfig(from_checkpoint=str(folder))
-        facts = describe_directory(folder)
-        return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
-    manifest = read_manifest(folder)
-    own_parts = manifest.parts if manifest.kind == "checkpoint" else None
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    manifest = read_manifest(folder) if has_manifest else None
+    is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
+    own_parts = manifest.parts if manifest is not None and is_checkpoint else None
     parts = own_parts or ModelConfig(from_checkpoint=str(folder))
-    whole = parts.from_checkpoint
-    facts = describe(parts) if whole is None else describe_directory(Path(whole))
-    encoder = _encoder(data, facts, inherited=manifest.encoder)
-    checkpoint = folder if manifest.kind == "checkpoint" else None
-    return Blueprint(parts, facts, encoder, checkpoint)
+    facts = describe_parts(parts)
+    inherited = None if manifest is None else manifest.encoder
+    adds_tiles = tiles is not None and tiles != tiles_of(facts)
+    if tiles is not None and adds_tiles:
+        facts = with_tiles(facts, tiles, where="model.tiles")
+        parts = parts.model_copy(update={"tiles": tiles})
+    encoder = _encoder(data, facts, inherited=inherited)
+    return Blueprint(parts, facts, encoder, folder if is_checkpoint else None, adds_tiles)
+
+
+def describe_parts(parts: ModelConfig) -> ModelFacts:
+    """Describes a model from its parts, or from the whole model's directory that they name.
+
+    Args:
+        parts: As in a checkpoint's manifest; `from_checkpoint` names a whole model.
+
+    Raises:
+        ModelError: A part is not there or does not fit.
+    """
+    if parts.from_checkpoint is None:
+        return describe(parts)
+    facts = describe_directory(Path(parts.from_checkpoint))
+    if parts.tiles is None or parts.tiles == tiles_of(facts):
+        return facts
+    return with_tiles(facts, parts.tiles, where="model.tiles")
+
+
+def build_parts(
+    parts: ModelConfig, facts: ModelFacts, *, seed: int, dtype: torch.dtype
+) -> WholeModel:
+    """Loads a model from its parts, or from the whole model's directory that they name.
+
+    Args:
+        parts: As for `describe_parts`.
+        facts: What that found.
+        seed: Seed of weights that come from nowhere.
+        dtype: Format of the weights.
+
+    Raises:
+        WeightsError: Weights are missing, unexpected or of another shape.
+    """
+    if parts.from_checkpoint is None:
+        return build_model(parts, facts, seed=seed, dtype=dtype)
+    model = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+    if parts.tiles is not None and isinstance(model, ComposedVLM) and model.tiles is None:
+        model.add_tiles(parts.tiles, seed=seed)
+    return model
 
 
 def _encoder(
@@ -134,6 +186,7 @@ def _layout(config: ImageConfig, facts: ModelFacts, before: Encoder | None) -> I
         DataError: The recipe sets a value that has no effect on this model's images.
     """
     layout = before.layout if before is not None else None
+    # Tiles that are new to the model gone on from are in the facts alone.
     if layout is None and facts.layout is not None:
         layout = load_layout(facts.layout)
     if layout is None:
@@ -171,14 +224,16 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:
     Raises:
         WeightsError: Weights are missing, unexpected or of another shape.
     """
-    whole = blueprint.parts.from_checkpoint
-    if whole is None:
-        model: WholeModel = build_model(blueprint.parts, blueprint.facts, seed=seed, dtype=dtype)
-    else:
-        model = load_directory(Path(whole), blueprint.facts, dtype=dtype)
+    parts = blueprint.parts
+    if blueprint.adds_tiles:
+        parts = parts.model_copy(update={"tiles": None})
+    model = build_parts(parts, blueprint.facts, seed=seed, dtype=dtype)
     if blueprint.checkpoint is not None:
         lay_over(model, blueprint.checkpoint)
         merge_adapters(model)
+    if blueprint.adds_tiles and blueprint.parts.tiles is not None:
+        assert isinstance(model, ComposedVLM)
+        model.add_tiles(blueprint.parts.tiles, seed=seed)
     return model
 
 

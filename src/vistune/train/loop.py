@@ -197,7 +197,7 @@ def _model(
 
     if opened.checkpoint is None:
         model = build(blueprint, seed=recipe.seed, dtype=device.dtype)
-        before = _changed_by(blueprint.checkpoint, model)
+        before = _changed_by(blueprint, model)
         tuning = apply_tuning(model, recipe.tune, seed=recipe.seed)
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
         inherited = {name: tensor for name, tensor in before.items() if name not in trains}
@@ -226,17 +226,19 @@ def _model(
     return _Built(model, tuning, inherited, work)
 
 
-def _changed_by(checkpoint: Path | None, model: WholeModel) -> dict[str, torch.Tensor]:
+def _changed_by(blueprint: Blueprint, model: WholeModel) -> dict[str, torch.Tensor]:
     """Returns copies of the weights in which a model gone on from differs from its parts.
 
     Args:
-        checkpoint: What was laid over the parts, adapters merged; None when nothing was.
+        blueprint: Its checkpoint is what was laid over the parts, adapters merged, if any.
         model: The model, before adapters of this run.
     """
-    if checkpoint is None:
-        return {}
-    names = set(read_weights(checkpoint))
-    if (checkpoint / INHERITED_NAME).is_file():
+    checkpoint, names = blueprint.checkpoint, set[str]()
+    if blueprint.parts.tiles is not None:  # drawn from this run's seed, if it came from nowhere
+        names |= {name for name, _ in model.named_parameters() if name.startswith("tiles.")}
+    if checkpoint is not None:
+        names |= set(read_weights(checkpoint))
+    if checkpoint is not None and (checkpoint / INHERITED_NAME).is_file():
         names |= set(read_weights(checkpoint, INHERITED_NAME))
     # A merged adapter has changed the weight of the layer it stood beside.
     names = {f"{n.split('.lora_')[0]}.weight" if ".lora_" in n else n for n in names}
