@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from test_loop import metrics, resolved
 
+from vistune.errors import DeviceError
 from vistune.train import train
 
 
@@ -78,3 +79,11 @@ def test_one_source_is_not_listed(tiny, tmp_path):
     said = io.StringIO()
     train(resolved(tiny, tmp_path / "run", train={"steps": 1}), console=Console(file=said))
     assert "source " not in said.getvalue()
+
+
+def test_several_processes_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="2 processes were started"):
+        train(resolved(tiny, tmp_path / "run"), console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()

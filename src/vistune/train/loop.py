@@ -26,7 +26,9 @@ from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
 from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.device import Device, seed_everything, select_device, versions
+from vistune.device.launch import Launch, launched
 from vistune.device.peak import measure_matmul_tflops
+from vistune.errors import DeviceError
 from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
 from vistune.train import collector_paused
 from vistune.train.engine import set_up_engine
@@ -75,6 +77,7 @@ def train(
     """
     console = console or Console()
     recipe = resolved.recipe
+    launch = _one_process()
     device = _device(recipe, console)
     with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
         with write_errors_explained(opened.directory.path):
@@ -91,7 +94,7 @@ def train(
         blueprint = _blueprint(recipe, opened)
         recipe = settled(recipe, blueprint, device, opened, console)
         advice = adviser(recipe, blueprint, device)
-        data = _data(recipe, blueprint, opened, device, console)
+        data = _data(recipe, blueprint, opened, device, console, launch)
         with collector_paused():
             built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
@@ -113,6 +116,24 @@ def _import_engines() -> None:
         import vistune.data.loader  # noqa: F401
     # What was just imported stays for good; the collector need never look at it again.
     gc.freeze()
+
+
+def _one_process() -> Launch:
+    """Returns which process this is, and refuses to be one of several: they would all train alone.
+
+    Raises:
+        DeviceError: Several processes were started.
+    """
+    launch = launched()
+    if launch.size > 1:
+        raise DeviceError(
+            f"{launch.size} processes were started, and training runs in one",
+            where="WORLD_SIZE",
+            got=launch.size,
+            expected=1,
+            fix="start `vistune train` without torchrun",
+        )
+    return launch
 
 
 def _device(recipe: Recipe, console: Console) -> Device:
@@ -144,7 +165,12 @@ def _blueprint(recipe: Recipe, opened: OpenRun) -> Blueprint:
 
 
 def _data(
-    recipe: Recipe, blueprint: Blueprint, opened: OpenRun, device: Device, console: Console
+    recipe: Recipe,
+    blueprint: Blueprint,
+    opened: OpenRun,
+    device: Device,
+    console: Console,
+    launch: Launch,
 ) -> TrainData:
     """Checks every row by its headers, writes down what cannot be used, opens the rest."""
     from vistune.data.check import check_sources
@@ -156,6 +182,8 @@ def _data(
         max_tokens=recipe.batch.row_tokens,
         overlong=recipe.data.overlong,
         workers=recipe.data.workers,
+        rank=launch.rank,
+        world_size=launch.size,
     )
     directory = opened.directory
     with write_errors_explained(directory.path):
@@ -170,6 +198,8 @@ def _data(
         blueprint.encoder,
         recipe.seed,
         report=report,
+        rank=launch.rank,
+        world_size=launch.size,
         pin_memory=device.kind == "cuda",
     )
     print_data(report, console, quarantine=directory.quarantine)
