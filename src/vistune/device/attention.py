@@ -10,10 +10,11 @@ import torch
 
 from vistune.errors import DeviceError
 
-AttentionName: TypeAlias = Literal["varlen", "flex", "sdpa", "npu", "flash_attn"]
-WantedAttention: TypeAlias = Literal["auto", "varlen", "flex", "sdpa", "npu", "flash_attn"]
+AttentionName: TypeAlias = Literal["varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
+WantedAttention: TypeAlias = Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 256
+_WIDEST_CUDNN_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class AttentionSupport:
         hopper: Whether it is an NVIDIA GPU of compute capability 9.0.
         flash: Version of the flash-attn package (3 or 2), or None.
         npu: Whether torch_npu is installed.
+        cudnn: Whether the package nvidia-cudnn-frontend is installed.
     """
 
     kind: str
     hopper: bool = False
     flash: int | None = None
     npu: bool = False
+    cudnn: bool = False
 
     @classmethod
     def of(cls, device: torch.device) -> AttentionSupport:
@@ -57,7 +60,13 @@ class AttentionSupport:
             and torch.version.hip is None
             and torch.cuda.get_device_capability(device) == (9, 0)
         )
-        return cls(device.type, hopper, flash_version(), find_spec("torch_npu") is not None)
+        return cls(
+            device.type,
+            hopper,
+            flash_version(),
+            npu=find_spec("torch_npu") is not None,
+            cudnn=find_spec("cudnn") is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,13 @@ def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeed
         return f"it trains on {' and '.join(at_home)} only, the device is {support.kind}"
     if name == "npu" and not support.npu:
         return "torch_npu is not installed"
+    if name == "cudnn":
+        if not support.cudnn:
+            return "nvidia-cudnn-frontend is not installed"
+        if not support.hopper:
+            return "its kernels are used on compute capability 9.0"
+        if needs.head_dim > _WIDEST_CUDNN_HEAD:
+            return f"heads are {needs.head_dim} wide"
     if name == "flash_attn" and support.flash is None:
         return "flash-attn is not installed"
     if name == "flex":
@@ -161,10 +177,10 @@ def choose_row_attention(
         support: What the device offers.
         needs: What the tower asks.
     """
-    if wanted == "auto" or wanted == "sdpa" or wanted == "flex":
+    if wanted == "auto" or wanted == "sdpa" or wanted == "flex" or wanted == "cudnn":
         reason = "images of one size are a plain batch"
-        if wanted == "flex":
-            reason += ", which flex has nothing to add to"
+        if wanted == "flex" or wanted == "cudnn":
+            reason += f", which {wanted} has nothing to add to"
         return AttentionChoice("sdpa", reason)
     obstacle = why_not(wanted, support, needs)
     if obstacle is not None:
@@ -188,6 +204,9 @@ def _preferences(
     compiled: tuple[AttentionName, str] = ("flex", "compiled for this model's scores")
     if support.flash == 3 and support.hopper:
         return [("flash_attn", "FlashAttention 3 is installed"), varlen, compiled, anywhere]
+    if support.cudnn and support.hopper:
+        ragged: tuple[AttentionName, str] = ("cudnn", "cuDNN's kernels for ragged rows")
+        return [ragged, varlen, flash, compiled, anywhere]
     return [varlen, flash, compiled, anywhere]
 
 

@@ -311,15 +311,24 @@ class TrainConfig(Section):
     """What waits in the host's memory."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Run the language model's layers as fused functions: less time and memory, the same numbers.
-    Only layers whose base weights are frozen have one. `auto`: on CUDA where the model has it, and
-    said when not; `on`: an error when not."""
-    attention: Literal["auto", "varlen", "flex", "sdpa", "npu", "flash_attn"] = "auto"
+    `auto`: on CUDA where the model has it, and said when not; `on`: an error when not."""
+    attention: Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"] = "auto"
     """How attention over packed rows is computed. `varlen`: torch's own kernel (CUDA and ROCm, 16
-    bit). `flex`: torch's FlexAttention, compiled (CUDA; also capped scores). `sdpa`: one call for
+    bit). `cudnn`: cuDNN's kernels for ragged rows, about a third faster on Hopper (package
+    nvidia-cudnn-frontend, extra `cudnn`; heads of up to 128). `flex`: torch's FlexAttention, compiled (CUDA; also capped scores). `sdpa`: one call for
     each sample, everywhere. `npu`: Ascend's fused attention. `flash_attn`: the package of that name
     (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at the
     start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
     tower, whose images are a plain batch, takes the one named here where it can."""
+    kernels: Literal["auto", "liger", "torch"] = "auto"
+    """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where Triton
+    runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed and
+    runs, said when not. Numbers differ by rounding: 1e-5 in fp32, 2e-2 of the largest in bf16."""
+    compile: Literal[False, "blocks", "static_blocks"] = False
+    """torch.compile. `blocks`: each decoder layer that does not run fused, and each block of the
+    tower; rows may have any length. `static_blocks`: the same, with every row padded to
+    `batch.max_tokens` by a sample without loss. Slower in the first steps by minutes; whether it
+    pays at all is in bench/README.md."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Arithmetic inside fp32 matrix products. `highest` is fp32 throughout; `high` and `medium` let
     torch take TF32 or bf16 where the device has them, and another library's fp32 kernels where it
@@ -335,6 +344,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _offload_has_effect(self) -> Self:
+        if self.offload.activations and self.compile:
+            raise ValueError("train.offload.activations does not work with train.compile")
         if self.offload.activations and self.checkpoint_layers == 0:
             raise ValueError(
                 "train.offload.activations moves the inputs of recomputed layers, and there are"

@@ -50,17 +50,43 @@ def test_rms_norm_both_ways(ops, unit_offset):
         expected, rstd_expected = torch_ops.rms_norm(x, weight, **norm, **forms)
         same_operand(found, expected)
         close(rstd, rstd_expected, 1e-6)
-    for again in (False, True):
-        back = {"unit_offset": unit_offset, "again": again}
-        found = ops.rms_norm_backward(grad, x, rstd, weight, residual, **back)
-        expected = torch_ops.rms_norm_backward(grad, x, rstd, weight, residual, **back)
-        close(found[0], expected[0], BF16)
-        assert (found[1] is None) == (not again)
-        if again:
-            close(found[1], expected[1], BF16)
+    for again, of_weight in ((False, False), (True, False), (True, True)):
+        back = {"unit_offset": unit_offset, "again": again, "weight_gradient": of_weight}
+        for beside in (residual, None):
+            found = ops.rms_norm_backward(grad, x, rstd, weight, beside, **back)
+            expected = torch_ops.rms_norm_backward(grad, x, rstd, weight, beside, **back)
+            close(found[0], expected[0], BF16)
+            assert (found[1] is None) == (not again) and (found[2] is None) == (not of_weight)
+            if again:
+                close(found[1], expected[1], BF16)
+            if of_weight:
+                close(found[2], expected[2], 1e-5)  # fp32 sums over the rows in another order
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [128, 80])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norms_of_heads_both_ways(ops, unit_offset, width):
+    for heads, kv_heads in ((20, 4), (0, 3), (5, 0)):
+        states = draw(ROWS, heads + 2 * kv_heads, width)
+        grad = draw(ROWS, heads + 2 * kv_heads, width, seed=1)
+        weights = [(1 + 0.1 * draw(width, seed=n)).float() for n in (2, 3)]
+        norm = {"num_heads": heads, "num_kv_heads": kv_heads, "eps": 1e-6}
+        norm["unit_offset"] = unit_offset
+        expected = torch_ops.head_norm(states, *weights, **norm)
+        close(ops.head_norm(states, *weights, **norm), expected, BF16)
+        for of_weight in (False, True):
+            ours, theirs = grad.clone(), grad.clone()
+            norm["weight_gradient"] = of_weight
+            found = ops.head_norm_backward_(ours, states, *weights, **norm)
+            wanted = torch_ops.head_norm_backward_(theirs, states, *weights, **norm)
+            close(ours, theirs, BF16)
+            assert (found is None) == (not of_weight)
+            for a, b in zip(found or (), wanted or (), strict=True):
+                assert (a - b).norm() <= 1e-4 * b.norm()
+        del norm["weight_gradient"]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("quantize", [False, True])
 def test_the_gated_unit_both_ways(ops, activation, quantize):
     gate_up, grad = draw(ROWS, 2 * WIDTH), draw(ROWS, WIDTH, seed=1)
@@ -74,9 +100,10 @@ def test_the_gated_unit_both_ways(ops, activation, quantize):
     close(output, output_expected, BF16)
 
 
-def test_rotary_positions_there_and_back(ops):
-    states = draw(ROWS, 12, 128)
-    angles = 100 * torch.rand(ROWS, 64, device="cuda")
+@pytest.mark.parametrize("width", [128, 80, 24])
+def test_rotary_positions_there_and_back(ops, width):
+    states = draw(ROWS, 12, width)
+    angles = 100 * torch.rand(ROWS, width // 2, device="cuda")
     cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
     turned, expected = states.clone(), states.clone().float()
     ops.rotate_(turned, cos, sin, num_heads=9, inverse=False)
@@ -84,7 +111,7 @@ def test_rotary_positions_there_and_back(ops):
     close(turned, expected, BF16)
     assert torch.equal(turned[:, 9:], states[:, 9:])
     ops.rotate_(turned, cos, sin, num_heads=9, inverse=True)
-    close(turned, states, BF16)
+    close(turned, states, 2 * BF16)  # rounded twice
     q, k, v = states.split([6, 3, 3], dim=1)
     joined = ops.join_rotated(q, k, v, cos, sin)
     close(joined, torch_ops.join_rotated(q.float(), k.float(), v.float(), cos, sin), BF16)

@@ -12,7 +12,7 @@ from vistune.models.attention.per_sample import PerSample
 from vistune.models.attention.varlen import Varlen
 from vistune.types import Tail
 
-BackendName: TypeAlias = Literal["auto", "varlen", "flex", "sdpa", "npu", "flash_attn"]
+BackendName: TypeAlias = Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
 
 
 class Auto:
@@ -62,6 +62,10 @@ def backend_of(name: BackendName) -> Backend:
         return Varlen()
     if name == "sdpa":
         return PerSample()
+    if name == "cudnn":
+        from vistune.models.attention.cudnn import Cudnn
+
+        return Cudnn()
     if name == "flex":
         from vistune.models.attention.flex import Flex
 

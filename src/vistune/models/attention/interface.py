@@ -25,6 +25,7 @@ PACKED_ATTENTION = "vistune_packed"
 _NAMES: dict[BackendName, str] = {
     "auto": PACKED_ATTENTION,
     "varlen": "vistune_packed_varlen",
+    "cudnn": "vistune_packed_cudnn",
     "sdpa": "vistune_packed_each",
     # transformers treats names with "flash" and "flex" in them in ways of its own.
     "flex": "vistune_packed_blocks",
@@ -37,6 +38,7 @@ _HARMLESS = frozenset(
     {
         "cache_position",
         "layer_idx",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
