@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vistune.checkpoint.files import follow_umask
 from vistune.data.encode import Encoder
-from vistune.data.image import ImagePlan
+from vistune.data.layout import AnyresLayout
 from vistune.errors import CheckpointError
+from vistune.models.anyres import pinpoints_of
 
 MAX_SHARD = "5GB"
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -75,8 +76,11 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     )
 
 
-def image_processor_values(plan: ImagePlan) -> dict[str, Any]:
-    """Returns an image plan as the values of transformers' LLaVA image processor."""
+def image_processor_values(encoder: Encoder) -> dict[str, Any]:
+    """Returns how an encoder prepares images, as the values of transformers' image processor."""
+    if isinstance(encoder.layout, AnyresLayout):
+        return _anyres_values(encoder.layout)
+    plan = encoder.image_plan
     side = {"height": plan.size_px, "width": plan.size_px}
     square = plan.mode == "resize"
     return {
@@ -96,7 +100,27 @@ def image_processor_values(plan: ImagePlan) -> dict[str, Any]:
     }
 
 
+def _anyres_values(layout: AnyresLayout) -> dict[str, Any]:
+    plan, side = layout.plan, layout.plan.size_px
+    return {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "do_convert_rgb": True,
+        "do_pad": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": _FILTERS[plan.resample],
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(plan.mean),
+        "image_std": list(plan.std),
+        "image_grid_pinpoints": pinpoints_of(layout.grids, side, swapped=False),
+    }
+
+
 def write_tokenizer(folder: Path, encoder: Encoder) -> None:
     """Writes tokenizer and preprocessor file."""
     encoder.tokenizer.save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", image_processor_values(encoder.image_plan))
+    write_json(folder / "preprocessor_config.json", image_processor_values(encoder))

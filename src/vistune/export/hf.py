@@ -1,4 +1,4 @@
-"""Writes transformers' LLaVA: `LlavaForConditionalGeneration` and `LlavaProcessor`.
+"""Writes transformers' LLaVA, or LLaVA-NeXT (1.6) where images are cut into tiles, with processor.
 
 Only models whose function that class computes are written; for others the error names what does not
 fit. Weights get the names the hub uses, which serving engines expect.
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from vistune.checkpoint.layouts.llava_hf import TOWER_TYPES, from_composed
-from vistune.checkpoint.layouts.names import model_state
+from vistune.checkpoint.layouts.names import NEWLINE, model_state
 from vistune.data.encode import Encoder
+from vistune.data.layout import AnyresLayout
 from vistune.errors import ModelError
 from vistune.export.files import (
     image_processor_values,
@@ -27,6 +28,7 @@ from vistune.export.files import (
     write_weights,
 )
 from vistune.export.jinja import chat_template
+from vistune.models.anyres import pinpoints_of
 from vistune.models.compose import ComposedVLM
 from vistune.models.connectors import last_linear
 from vistune.models.facts import IMAGE_TOKEN
@@ -49,6 +51,8 @@ def misfits(model: ComposedVLM) -> list[str]:
         found.append(
             "features behind the tower's final norm (train with model.vision_tower.layer=-1 or -2)"
         )
+    if plan.scales:
+        found.append(f"a tower that sees images at {len(plan.scales)} scales")
     if config.connector_kind != "mlp2x_gelu" or config.pixel_shuffle != 1:
         found.append(
             f"a connector {config.connector_kind} with pixel_shuffle {config.pixel_shuffle} (it"
@@ -114,6 +118,9 @@ def _scale_connector(state: dict[str, Tensor], model: ComposedVLM) -> None:
     layer = last_linear(model.connector)
     if scale == 1.0 or layer is None:
         return
+    newline = from_composed(NEWLINE)
+    if newline in state:
+        state[newline] = (state[newline].float() * scale).to(state[newline].dtype)
     for name in ("weight", "bias"):
         key = f"multi_modal_projector.linear_2.{name}"
         state[key] = (state[key].float() * scale).to(state[key].dtype)
@@ -129,25 +136,30 @@ def _add_unused_norm(state: dict[str, Tensor], model: ComposedVLM) -> None:
 
 
 def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_rows: int) -> None:
-    from transformers import GenerationConfig, LlavaConfig
+    from transformers import GenerationConfig, LlavaConfig, LlavaNextConfig
 
     config = model.config
     text = config.text_config.to_dict()
     known_rows = int(text["vocab_size"])
     text["vocab_size"] = num_rows
-    llava = LlavaConfig(
+    layout, kind = encoder.layout, LlavaConfig
+    own: dict[str, Any] = {}
+    if isinstance(layout, AnyresLayout):
+        pinpoints = pinpoints_of(layout.grids, layout.plan.size_px, swapped=False)
+        kind, own = LlavaNextConfig, {"image_grid_pinpoints": pinpoints}
+    side = encoder.image_plan.size_px
+    llava = kind(
         vision_config=config.vision_config.to_dict(),
         text_config=text,
         image_token_index=model.image_token_id,
-        image_seq_length=model.grid.num_tokens(
-            encoder.image_plan.size_px, encoder.image_plan.size_px
-        ),
+        image_seq_length=model.grid.num_tokens(side, side),
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy=_strategy(model),
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[_class_name(model)],
         dtype=next(model.parameters()).dtype,
+        **own,
     )
     llava.save_pretrained(folder)
     # Rows without a meaning must never be answered with: they would win over negative logits.
@@ -158,6 +170,10 @@ def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_ro
         pad_token_id=encoder.tokenizer.pad_token_id,
         suppress_tokens=never,
     ).save_pretrained(folder)
+
+
+def _class_name(model: ComposedVLM) -> str:
+    return f"Llava{'' if model.tiles is None else 'Next'}ForConditionalGeneration"
 
 
 def _strategy(model: ComposedVLM) -> str:
@@ -171,8 +187,8 @@ def _write_processor(model: ComposedVLM, encoder: Encoder, folder: Path) -> None
     write_json(
         folder / "processor_config.json",
         {
-            "processor_class": "LlavaProcessor",
-            "image_processor": image_processor_values(encoder.image_plan),
+            "processor_class": f"Llava{'' if model.tiles is None else 'Next'}Processor",
+            "image_processor": image_processor_values(encoder),
             "image_token": IMAGE_TOKEN,
             "patch_size": model.grid.patch_px,
             "vision_feature_select_strategy": _strategy(model),
@@ -195,24 +211,31 @@ def compare_hf(model: ComposedVLM, encoder: Encoder, folder: Path) -> float:
         The largest difference of the logits on one prompt with an image, relative to the largest
         logit.
     """
+    import transformers
     from PIL import Image
-    from transformers import LlavaForConditionalGeneration
 
     from vistune.models.weights import quiet_transformers
     from vistune.types import Turn
 
     size = encoder.image_plan.size_px
-    picture = Image.linear_gradient("L").resize((size, size)).convert("RGB")
+    picture = Image.linear_gradient("L").resize((size, 2 * size)).convert("RGB")
     sample = encoder.encode_prompt([Turn("user", (0, "What is this?"))], [picture])
+    pixels = torch.from_numpy(sample.pixel_values[0])
     inputs = {
         "input_ids": torch.from_numpy(sample.input_ids)[None],
-        "pixel_values": torch.from_numpy(sample.pixel_values[0])[None],
+        "pixel_values": pixels if sample.image_shapes else pixels[None],
     }
+    told: dict[str, Any] = {"image_shapes": sample.image_shapes} if sample.image_shapes else {}
     dtype = next(model.parameters()).dtype
     with quiet_transformers():
-        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        kind = getattr(transformers, _class_name(model))
+        theirs = kind.from_pretrained(folder, dtype=dtype).eval()
     device = next(model.parameters()).device
-    ours = model(**{name: value.to(device) for name, value in inputs.items()}).logits.cpu().float()
+    given = {name: value.to(device) for name, value in inputs.items()}
+    ours = model(**given, **told).logits.cpu().float()
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    if told:  # all views of one image
+        inputs["pixel_values"] = inputs["pixel_values"][None]
+        inputs["image_sizes"] = torch.tensor([[picture.height, picture.width]])
     found = theirs(**inputs).logits.float()
     return float((found[..., : ours.shape[-1]] - ours).abs().max() / ours.abs().max())

@@ -14,10 +14,13 @@ import torch
 from vistune.checkpoint.layouts.llava_original import public_state
 from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
+from vistune.data.layout import AnyresLayout
 from vistune.errors import ModelError
 from vistune.export.files import write_json, write_tokenizer, write_weights
+from vistune.models.anyres import pinpoints_of
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import read_vision_config
+from vistune.models.towers.families import features_width
 from vistune.models.towers.load import load_tower
 from vistune.models.tune.lora import adapter_layers
 from vistune.recipe import VisionTowerConfig
@@ -81,7 +84,7 @@ def write_llava(
         "mm_vision_select_layer": kept - int(whole.num_hidden_layers) - 1,
         "mm_vision_select_feature": model.plan.select,
         "mm_projector_type": model.config.connector_kind,
-        "mm_hidden_size": int(whole.hidden_size),
+        "mm_hidden_size": features_width(model.config.vision_config, model.plan),
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -89,12 +92,27 @@ def write_llava(
         "image_aspect_ratio": "pad" if encoder.image_plan.mode == "pad" else "square",
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+    settings |= _image_settings(model, encoder)
     settings["rope_theta"] = float(text.rope_parameters["rope_theta"])
     for key in ("dtype", "rope_parameters"):  # keys of later transformers versions
         settings.pop(key, None)
     write_tokenizer(folder, encoder)
     write_json(folder / "config.json", settings)
     write_manifest(folder, manifest)
+
+
+def _image_settings(model: ComposedVLM, encoder: Encoder) -> dict[str, Any]:
+    """Returns the keys of tiles (1.6) and of several scales (S2)."""
+    if isinstance(encoder.layout, AnyresLayout):
+        side = encoder.layout.plan.size_px
+        return {
+            "image_aspect_ratio": "anyres",
+            "image_grid_pinpoints": pinpoints_of(encoder.layout.grids, side, swapped=True),
+            "mm_patch_merge_type": "spatial_unpad",
+        }
+    if model.plan.scales:
+        return {"s2": True, "s2_scales": ",".join(map(str, model.plan.scales))}
+    return {}
 
 
 def _is_original(model: ComposedVLM, tower_path: str) -> bool:

@@ -129,6 +129,43 @@ def with_tiles(facts: ModelFacts, tiles: TilesConfig, *, where: str) -> ModelFac
     return replace(facts, layout=layout, image_defaults=replace(defaults, mode="resize"))
 
 
+def grids_of(
+    pinpoints: Sequence[Sequence[int]], side: int, *, swapped: bool, where: str
+) -> TilesConfig:
+    """Returns tiles from the sizes of canvas that public configs name.
+
+    Args:
+        pinpoints: Two sides of each canvas, in pixels.
+        side: Side of a tile.
+        swapped: Whether the width stands first (the original LLaVA's configs).
+        where: File, for messages.
+
+    Raises:
+        ModelError: A canvas is not made of whole tiles.
+    """
+    if not pinpoints or any(len(one) != 2 or one[0] % side or one[1] % side for one in pinpoints):
+        raise ModelError(
+            "the canvases are not made of whole tiles",
+            where=where,
+            got=f"image_grid_pinpoints {pinpoints}",
+            expected=f"pairs of multiples of {side}, the side of the tower's input",
+        )
+    grids = [(one[0] // side, one[1] // side) for one in pinpoints]
+    return TilesConfig(grids=tuple((b, a) if swapped else (a, b) for a, b in grids))
+
+
+def pinpoints_of(grids: Sequence[tuple[int, int]], side: int, *, swapped: bool) -> list[list[int]]:
+    """Returns the inverse of `grids_of`.
+
+    Args:
+        grids: (rows, columns) of tiles.
+        side: Side of a tile in pixels.
+        swapped: Whether the width stands first.
+    """
+    pairs = [(columns, rows) if swapped else (rows, columns) for rows, columns in grids]
+    return [[first * side, second * side] for first, second in pairs]
+
+
 def tiles_of(facts: ModelFacts) -> TilesConfig | None:
     """Returns the tiles of a described model's images, or None."""
     layout = facts.layout

@@ -82,8 +82,7 @@ def describe(config: ModelConfig) -> ModelFacts:
         vision_config, plan, pixel_shuffle=config.connector.pixel_shuffle, where=tower.path
     )
     defaults = read_image_defaults(tower.path, whole_vision_config, revision=tower.revision)
-    if plan.scales:
-        defaults = replace(defaults, size_px=plan.scales[-1])
+    defaults = at_largest_scale(defaults, plan)
     text_config = read_text_config(config.language_model)
     tokenizer, image_token_id = read_tokenizer(config.language_model)
     facts = ModelFacts(
@@ -100,6 +99,16 @@ def describe(config: ModelConfig) -> ModelFacts:
     from vistune.models.anyres import with_tiles
 
     return with_tiles(facts, config.tiles, where="model.tiles")
+
+
+def at_largest_scale(defaults: ImageDefaults, plan: TowerPlan) -> ImageDefaults:
+    """Returns how images are prepared for a tower that may see them at several sizes.
+
+    Args:
+        defaults: What its preprocessor file says.
+        plan: Its plan.
+    """
+    return replace(defaults, size_px=plan.scales[-1]) if plan.scales else defaults
 
 
 def _read_config(path: str, *, key: str, **arguments: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Transformers' LLaVA (`LlavaForConditionalGeneration`), under the names the hub uses.
+"""Transformers' LLaVA and LLaVA-NeXT (1.6), under the names the hub uses.
 
-`vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`, `language_model.model.*` and
-`language_model.lm_head.*`. The names that transformers holds in memory (`model.vision_tower`, ...)
-and those it writes for a model made from a config are read too; only the hub's are written.
+`vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`, `language_model.model.*`,
+`language_model.lm_head.*` and, of LLaVA-NeXT, `image_newline`. The names that transformers holds
+in memory (`model.vision_tower`, ...) and those it writes for a model made from a config are read
+too; only the hub's are written.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vistune.checkpoint.layouts.names import CONNECTOR, LANGUAGE, VISION, fill_model, model_state
+from vistune.checkpoint.layouts.names import (
+    CONNECTOR,
+    LANGUAGE,
+    NEWLINE,
+    VISION,
+    fill_model,
+    model_state,
+)
 from vistune.errors import ModelError
+from vistune.models.anyres import grids_of, tiles_of, with_tiles
 from vistune.models.compose import ComposedConfig, ComposedVLM
-from vistune.models.facts import ModelFacts, load_tokenizer, read_image_defaults
+from vistune.models.facts import ModelFacts, load_tokenizer, read_image_defaults, read_json
 from vistune.models.language.decoder import check_config, check_model
 from vistune.models.towers.families import FAMILIES, plan_tower, tower_grid
 
-NAME = "LlavaForConditionalGeneration"
+NAME = "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration"
+NEXT = "llava_next"
 KEY = "model.from_checkpoint"
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 _PROJECTOR = {"linear_1": "0", "linear_2": "2"}
@@ -28,8 +38,8 @@ _PARTS = ("vision_tower.", "multi_modal_projector.", "language_model.")
 
 
 def matches(values: dict[str, Any]) -> bool:
-    """Whether a config.json is of transformers' LLaVA."""
-    return values.get("model_type") == "llava" and "vision_config" in values
+    """Whether a config.json is of transformers' LLaVA or LLaVA-NeXT."""
+    return values.get("model_type") in ("llava", NEXT) and "vision_config" in values
 
 
 def describe(folder: Path) -> ModelFacts:
@@ -38,9 +48,10 @@ def describe(folder: Path) -> ModelFacts:
     Raises:
         ModelError: The model has a form that a composed model cannot take.
     """
-    from transformers import LlavaConfig
+    from transformers import LlavaConfig, LlavaNextConfig
 
-    config = LlavaConfig.from_pretrained(folder)
+    is_next = _is_next(folder)
+    config = (LlavaNextConfig if is_next else LlavaConfig).from_pretrained(folder)
     _check(config, where=str(folder / "config.json"))
     select: Literal["patch", "cls_patch"] = "patch"
     has_class = FAMILIES[config.vision_config.model_type].class_token
@@ -53,7 +64,7 @@ def describe(folder: Path) -> ModelFacts:
         where=str(folder),
     )
     tokenizer, _ = load_tokenizer(str(folder), key=KEY)
-    return ModelFacts(
+    facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=int(config.image_token_index),
         grid=tower_grid(vision_config, plan, pixel_shuffle=1, where=str(folder)),
@@ -62,6 +73,16 @@ def describe(folder: Path) -> ModelFacts:
         text_config=config.text_config,
         tower=plan,
     )
+    if not is_next:
+        return facts
+    where = str(folder / "config.json")
+    side = int(config.vision_config.image_size)
+    tiles = grids_of(config.image_grid_pinpoints, side, swapped=False, where=where)
+    return with_tiles(facts, tiles, where=where)
+
+
+def _is_next(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") == NEXT
 
 
 def _check(config: Any, *, where: str) -> None:
@@ -115,6 +136,7 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
         pixel_shuffle=1,
         image_token_id=facts.image_token_id,
         image_embed_scale=1.0,  # transformers' LLaVA scales text embeddings alone
+        tiles=tiles_of(facts) if _is_next(folder) else None,
     )
     model = fill_model(
         config, dict(read_tensors(folder)), to_composed, dtype=dtype, where=str(folder)
@@ -126,6 +148,8 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
 def to_composed(name: str) -> str:
     """Returns the composed model's name of a weight."""
     inner = name.removeprefix("model.")
+    if inner == "image_newline":
+        return NEWLINE
     if inner.startswith(_PARTS):
         name = inner
     if name.startswith("vision_tower."):
@@ -145,6 +169,8 @@ def to_composed(name: str) -> str:
 
 def from_composed(name: str) -> str:
     """Returns the hub's name of a weight of the composed model."""
+    if name == NEWLINE:
+        return "image_newline"
     if name.startswith(VISION):
         return "vision_tower.vision_model." + name.removeprefix(VISION)
     if name.startswith(CONNECTOR):

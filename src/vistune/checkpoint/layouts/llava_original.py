@@ -1,25 +1,36 @@
 """The original LLaVA repository's layout (`LlavaLlamaForCausalLM`).
 
-`model.mm_projector.*`, `model.vision_tower.vision_tower.vision_model.*`, and the language model's
-own names for the rest. Released checkpoints carry no tower: it is then loaded from the encoder that
-`mm_vision_tower` names. A tower that is in the checkpoint is used, since it may have been trained.
+`model.mm_projector.*`, `model.vision_tower.vision_tower.vision_model.*`, `model.image_newline`
+where images are cut into tiles (1.6), and the language model's own names for the rest. Released
+checkpoints of 1.5 carry no tower: it is then loaded from the encoder that `mm_vision_tower` names.
+A tower that is in the checkpoint is used, since it may have been trained.
 
 Source: LLaVA v1.2.2.post1.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistune.checkpoint.layouts.names import CONNECTOR, LANGUAGE, VISION, fill_model, model_state
+from vistune.checkpoint.layouts.names import (
+    CONNECTOR,
+    LANGUAGE,
+    NEWLINE,
+    VISION,
+    fill_model,
+    model_state,
+)
 from vistune.errors import ModelError
+from vistune.models.anyres import grids_of, tiles_of, with_tiles
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import (
     ModelFacts,
+    at_largest_scale,
     load_tokenizer,
     read_image_defaults,
     read_json,
@@ -34,6 +45,8 @@ NAME = "LlavaLlamaForCausalLM"
 KEY = "model.from_checkpoint"
 _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "model.mm_projector."
+_NEWLINE = "model.image_newline"
+_SCALES = "336,672,1008"
 _TEXT_TYPES = {
     "LlavaLlamaForCausalLM": "llama",
     "LlavaMistralForCausalLM": "mistral",
@@ -62,20 +75,50 @@ def describe(folder: Path) -> ModelFacts:
     tower = _tower_of(values)
     whole = read_vision_config(tower)
     plan, vision_config = plan_tower(
-        whole, layer=tower.layer, select=tower.select, where=tower.path
+        whole, layer=tower.layer, select=tower.select, where=tower.path, scales=tower.s2 or ()
     )
     own_file = (folder / "preprocessor_config.json").is_file()
     tokenizer, image_token_id = load_tokenizer(str(folder), key=KEY)
-    return ModelFacts(
+    defaults = read_image_defaults(str(folder) if own_file else tower.path, whole)
+    facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=image_token_id,
         grid=tower_grid(vision_config, plan, pixel_shuffle=1, where=tower.path),
-        image_defaults=read_image_defaults(str(folder) if own_file else tower.path, whole),
+        image_defaults=at_largest_scale(defaults, plan),
         vision_config=vision_config,
         text_config=_text_config(values),
         tower=plan,
         template=_template(values, tokenizer),
     )
+    if not _has_tiles(values):
+        return facts
+    where = str(folder / "config.json")
+    tiles = grids_of(_pinpoints(values, where=where), _tile_px(facts), swapped=True, where=where)
+    return with_tiles(facts, tiles, where=where)
+
+
+def _has_tiles(values: dict[str, Any]) -> bool:
+    return values.get("mm_patch_merge_type") == "spatial_unpad"
+
+
+def _tile_px(facts: ModelFacts) -> int:
+    return facts.grid.fixed_size_px or facts.image_defaults.size_px
+
+
+def _pinpoints(values: dict[str, Any], *, where: str) -> list[list[int]]:
+    """Returns (width, height) of the canvases; configs hold a list, or one written as text."""
+    found: Any = values.get("image_grid_pinpoints")
+    try:
+        if isinstance(found, str):
+            found = json.loads(found.replace("(", "[").replace(")", "]"))
+        return [[int(side) for side in one] for one in found]
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            "the sizes that images are cut from cannot be read",
+            where=where,
+            got=f"image_grid_pinpoints {found!r}",
+            expected="a list of pairs of pixels",
+        ) from error
 
 
 def _template(values: dict[str, Any], tokenizer: Any) -> str:
@@ -89,7 +132,14 @@ def _tower_of(values: dict[str, Any]) -> VisionTowerConfig:
         path=str(values["mm_vision_tower"]),
         layer=int(values.get("mm_vision_select_layer", -1)),
         select=values.get("mm_vision_select_feature", "patch"),
+        s2=_scales(values),
     )
+
+
+def _scales(values: dict[str, Any]) -> tuple[int, ...] | None:
+    if not values.get("s2"):
+        return None
+    return tuple(sorted(int(side) for side in str(values.get("s2_scales", _SCALES)).split(",")))
 
 
 def _text_config(values: dict[str, Any]) -> Any:
@@ -108,18 +158,21 @@ def _check(values: dict[str, Any], *, where: str) -> None:
     allowed: dict[str, tuple[Any, ...]] = {
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),
-        "mm_patch_merge_type": ("flat", None),
+        "mm_patch_merge_type": ("flat", "spatial_unpad", None),
         "mm_vision_select_feature": ("patch", "cls_patch", None),
         "mm_resampler_type": (None,),
-        "s2": (False, None),
     }
+    tiled = values.get("image_aspect_ratio") == "anyres"
+    if tiled != _has_tiles(values):  # tiles without newlines, or newlines without tiles
+        allowed["image_aspect_ratio"] = ("pad", "square", None) if tiled else ("anyres",)
     wrong = [f"{key}={values[key]}" for key in allowed if values.get(key) not in allowed[key]]
     if wrong:
         raise ModelError(
             "this LLaVA has a form that vistune does not compose",
             where=where,
             got=", ".join(wrong),
-            expected="one image token run per image, no start and end tokens, no tiles",
+            expected="one run of image tokens for an image, without start and end tokens; tiles as"
+            " anyres with spatial_unpad",
         )
 
 
@@ -142,6 +195,7 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
         pixel_shuffle=1,
         image_token_id=facts.image_token_id,
         image_embed_scale=1.0,
+        tiles=tiles_of(facts) if _has_tiles(values) else None,
     )
     tensors = dict(read_tensors(folder))
     if not any(name.startswith(_TOWER) for name in tensors):
@@ -158,7 +212,7 @@ def to_composed(name: str) -> str:
         return VISION + name.removeprefix(_TOWER).removeprefix("vision_model.")
     if name.startswith(_PROJECTOR):
         return CONNECTOR + name.removeprefix(_PROJECTOR)
-    return LANGUAGE + name
+    return NEWLINE if name == _NEWLINE else LANGUAGE + name
 
 
 def from_composed(name: str) -> str:
@@ -167,7 +221,7 @@ def from_composed(name: str) -> str:
         return f"{_TOWER}vision_model.{name.removeprefix(VISION)}"
     if name.startswith(CONNECTOR):
         return _PROJECTOR + name.removeprefix(CONNECTOR)
-    return name.removeprefix(LANGUAGE)
+    return _NEWLINE if name == NEWLINE else name.removeprefix(LANGUAGE)
 
 
 def public_state(model: ComposedVLM) -> dict[str, Tensor]:

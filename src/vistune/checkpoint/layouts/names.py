@@ -12,6 +12,7 @@ from vistune.models.towers.load import is_left_out
 from vistune.models.weights import check_keys, quiet_transformers
 
 VISION, CONNECTOR, LANGUAGE = "vision_tower.", "connector.", "language_model."
+NEWLINE = "tiles.image_newline"
 
 
 def fill_model(

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from vistune.models.anyres import with_tiles
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts, load_tokenizer, read_image_defaults
 from vistune.models.language.decoder import check_model
 from vistune.models.towers.families import tower_grid
 from vistune.models.weights import load_strictly
+from vistune.recipe import TilesConfig
 
 NAME = "vistune"
 _KEY = "model.from_checkpoint"
@@ -27,7 +29,7 @@ def describe(folder: Path) -> ModelFacts:
     config = ComposedConfig.from_pretrained(folder)
     plan = config.tower_plan
     tokenizer, _ = load_tokenizer(str(folder), key=_KEY)
-    return ModelFacts(
+    facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=int(config.image_token_id),
         grid=tower_grid(
@@ -38,6 +40,10 @@ def describe(folder: Path) -> ModelFacts:
         text_config=config.text_config,
         tower=plan,
     )
+    if config.tiles is None:
+        return facts
+    tiles = TilesConfig.model_validate(config.tiles)
+    return with_tiles(facts, tiles, where=str(folder / "config.json"))
 
 
 def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
