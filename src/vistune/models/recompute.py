@@ -8,6 +8,7 @@ from vistune import _compat
 from vistune.errors import ModelError
 from vistune.models.contract import TunableModel
 from vistune.models.offload import InputStore
+from vistune.types import RoleName
 
 
 def set_checkpoint_layers(
@@ -42,16 +43,29 @@ def set_checkpoint_layers(
 
 
 def decoder_layers(model: TunableModel) -> list[nn.Module]:
-    """Returns the language model's layers, in order: the largest list of modules it has.
+    """Returns the language model's layers, in order.
 
     Args:
         model: Any model with roles.
     """
+    return layers_of(model, "language")
+
+
+def layers_of(model: TunableModel, role: RoleName) -> list[nn.Module]:
+    """Returns the layers of a role, in order: the largest list of modules it has.
+
+    Args:
+        model: Any model with roles.
+        role: The role.
+    """
     module_map = model.module_map
+    prefixes = tuple(prefix.rstrip(".") + "." for prefix in module_map.prefixes(role))
     lists = [
         list(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and module_map.role_of(f"{name}.0") == "language"
+        if isinstance(module, nn.ModuleList)
+        and name.startswith(prefixes)
+        and module_map.role_of(f"{name}.0") == role
     ]
 
     # A layer may hold lists of its own (experts), which are smaller than the stack.

@@ -321,9 +321,9 @@ class TrainConfig(Section):
     start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
     tower, whose images are a plain batch, takes the one named here where it can."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
-    """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where Triton
-    runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed and
-    runs, said when not. Numbers differ by rounding: 1e-5 in fp32, 2e-2 of the largest in bf16."""
+    """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where
+    Triton runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed
+    and runs, said when not. Numbers differ by rounding: 1e-5 in fp32, 2e-2 of the largest in bf16."""
     compile: Literal[False, "blocks", "static_blocks"] = False
     """torch.compile. `blocks`: each decoder layer that does not run fused, and each block of the
     tower; rows may have any length. `static_blocks`: the same, with every row padded to

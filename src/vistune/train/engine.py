@@ -34,8 +34,9 @@ def set_up_engine(
         MissingExtraError: A package is not installed.
     """
     from vistune.models.attention.install import install_attention
-    from vistune.models.compose import ComposedVLM
-    from vistune.models.fused.install import install_fused
+    from vistune.models.compiled import compile_blocks
+    from vistune.models.fused.install import fused_trunk, install_fused
+    from vistune.models.kernels import install_kernels
     from vistune.models.offload import InputStore
     from vistune.models.recompute import set_checkpoint_layers
 
@@ -64,13 +65,29 @@ def set_up_engine(
         num_recomputed=train.checkpoint_layers,
     )
     say(fused)
-    if isinstance(model, ComposedVLM) and model.fused is not None:
-        model.fused.backend = attention.backend
-        model.fused.store = store
+    trunk = fused_trunk(model)
+    runs_fused = trunk is not None
+    if trunk is not None:
+        trunk.backend = attention.backend
+        trunk.store = store
+    kernels = install_kernels(
+        model, wanted=train.kernels, fused=runs_fused, device=device.torch_device
+    )
+    say(str(kernels))
+    compiled = ""
+    if train.compile:
+        compiled = compile_blocks(model, mode=train.compile, fused=runs_fused)
+        say(compiled)
     offloaded = _offload(recipe, device)
     if offloaded:
         say(offloaded)
-    return {"attention": attention.to_json(), "layers": fused, "offload": offloaded}
+    return {
+        "attention": attention.to_json(),
+        "layers": fused,
+        "kernels": {"name": kernels.name, "reason": kernels.reason},
+        "compiled": compiled,
+        "offload": offloaded,
+    }
 
 
 def _offload(recipe: Recipe, device: Device) -> str:

@@ -184,7 +184,9 @@ class _Steps:
         self.final_loss: float | None = None
 
     def _new_clock(self) -> Clock:
-        return Clock(self.job.cost, peak_tflops=self.job.peak_tflops)
+        return Clock(
+            self.job.cost, peak_tflops=self.job.peak_tflops, pad_tokens=self._pad_tokens()
+        )
 
     def run(self) -> TrainResult:
         """Restores, steps, saves."""
@@ -315,7 +317,13 @@ class _Steps:
                 autocast_dtype=self.autocast,
                 clip_norm=self.recipe.train.clip_norm,
                 reads_tail=job.reads_tail,
+                pad_tokens=self._pad_tokens(),
             )
+
+    def _pad_tokens(self) -> int | None:
+        """Returns the length rows are padded to, which only compiled blocks ask for."""
+        static = self.recipe.train.compile == "static_blocks"
+        return self.recipe.batch.row_tokens if static else None
 
     def _rows(self) -> Iterator[list[Batch]]:
         """Yields the rows of each step; starting the workers leaves the random state alone.

@@ -286,7 +286,7 @@ def _job(
     console: Console,
     written: Recipe,
 ) -> Job:
-    from vistune.models.compose import ComposedVLM
+    from vistune.models.fused.install import fused_trunk
     from vistune.train.work import row_cost
 
     fingerprints = fingerprint_parts(blueprint.parts)
@@ -294,7 +294,7 @@ def _job(
     # Read now: the checkpoint gone on from may be rotated away while the run goes on.
     lineage = _lineage(blueprint, opened)
 
-    reads_tail = isinstance(built.model, ComposedVLM) and built.model.fused is not None
+    reads_tail = fused_trunk(built.model) is not None
 
     def manifest(step: int) -> Manifest:
         return Manifest(
@@ -409,7 +409,11 @@ def _asker(
 
     def ask() -> list[Answer]:
         half = device.dtype == torch.bfloat16
-        with torch.autocast(device.kind, dtype=torch.bfloat16) if half else nullcontext():
+        # Answering runs with a cache and other lengths: compiled blocks would be compiled again.
+        with (
+            torch.compiler.set_stance("force_eager") if recipe.train.compile else nullcontext(),
+            torch.autocast(device.kind, dtype=torch.bfloat16) if half else nullcontext(),
+        ):
             texts = generate(
                 model,
                 blueprint.encoder,

@@ -191,6 +191,7 @@ class Clock:
     Args:
         cost: Counts the operations of a row; None where they are not known.
         peak_tflops: Matrix products measured on the device, TFLOP/s; None where they were not.
+        pad_tokens: Length every row is padded to, or None.
     """
 
     def __init__(
@@ -198,8 +199,10 @@ class Clock:
         cost: Callable[[Batch], int] | None = None,
         *,
         peak_tflops: float | None = None,
+        pad_tokens: int | None = None,
     ) -> None:
         self._cost = cost
+        self._pad_tokens = pad_tokens or 0
         self.peak_tflops = peak_tflops
         self.done = Totals()
         """All intervals that were recorded."""
@@ -212,7 +215,7 @@ class Clock:
 
     def add(self, sums: StepSums, rows: Sequence[Batch]) -> None:
         """Counts the work of one step: its sums over all processes, and its rows on this one."""
-        computed = sum(row.num_tokens for row in rows)
+        computed = sum(max(row.num_tokens, self._pad_tokens) for row in rows)
         used = sum(int(row.cu_seqlens[-1]) for row in rows if row.num_samples)
         self._work += Totals(
             steps=1,

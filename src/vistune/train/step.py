@@ -18,6 +18,7 @@ from vistune.data.collate import tail_of
 from vistune.parallel import Strategy
 from vistune.recipe.sizes import LOGITS_PER_CHUNK
 from vistune.train.loss import target_nll
+from vistune.train.padding import padded
 from vistune.types import Batch, Tail
 
 
@@ -175,6 +176,7 @@ def backward_step(
     autocast_dtype: torch.dtype | None,
     clip_norm: float | None,
     reads_tail: bool = False,
+    pad_tokens: int | None = None,
 ) -> StepSums:
     """Runs forward and backward of all rows of one step and clips; weights are not changed.
 
@@ -187,6 +189,7 @@ def backward_step(
         autocast_dtype: Number format of the arithmetic, or None for the weights' own.
         clip_norm: Largest gradient norm, or None.
         reads_tail: Tell the model where its last layer is read.
+        pad_tokens: Length every row is padded to, or None.
 
     Returns:
         The step's sums. The device is waited for once, at the end.
@@ -202,6 +205,8 @@ def backward_step(
     for index, (row, numbers) in enumerate(zip(rows, source_of_target, strict=True)):
         tail = tail_of(row).to(device) if reads_tail and row.num_targets else None
         row = row.to(device)
+        if pad_tokens is not None:
+            row = padded(row, pad_tokens)
         if numbers is not None:
             numbers = numbers.to(device, non_blocking=True)
         with strategy.no_sync(last=index == len(rows) - 1):
