@@ -3,6 +3,7 @@
     <folder>/language_model/   PEFT adapter of the language model
     <folder>/vision_tower/     PEFT adapter of the vision tower, when it has one
     <folder>/connector.safetensors
+    <folder>/tiles.safetensors  the newline of images in tiles
     <folder>/vistune.json
 
 The base models are not copied: `adapter_config.json` names where they are.
@@ -16,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from vistune.checkpoint.layouts.names import NEWLINE
 from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.device.bits import quiet_kernel_notice
@@ -62,6 +64,9 @@ def write_adapter(model: ComposedVLM, encoder: Encoder, manifest: Manifest, fold
         for name, tensor in model.connector.state_dict().items()
     }
     save_file(state, folder / "connector.safetensors", metadata={"format": "pt"})
+    if model.tiles is not None:
+        newline = {NEWLINE: model.tiles.image_newline.detach().cpu().contiguous()}
+        save_file(newline, folder / "tiles.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, encoder)
     write_manifest(folder, manifest)
 
@@ -73,15 +78,22 @@ def _bases(parts: ModelConfig | None) -> dict[str, str]:
     return {"language_model": parts.language_model.path, "vision_tower": parts.vision_tower.path}
 
 
-def _targets(part: nn.Module) -> list[str]:
-    """Returns the adapted layers by their last names where these are unmistakable, else in full."""
+def adapter_targets(part: nn.Module) -> list[str]:
+    """Returns the adapted layers by their last names where these are unmistakable, else in full.
+
+    Args:
+        part: A model or a part of one, adapters not merged.
+    """
     adapted = list(adapter_layers(part))
     inside = tuple(f"{name}." for name in adapted)
     short = {name.rpartition(".")[2] for name in adapted}
+    # Peft adapts convolutions and embeddings too.
     others = [
         name
         for name, module in part.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inside)
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and not name.startswith(inside)
+        and name not in adapted
     ]
     mistakable = any(name.rpartition(".")[2] in short for name in others)
     return adapted if mistakable else sorted(short)
@@ -103,7 +115,7 @@ def write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
     config = owner.peft_config["default"]
     config.base_model_name_or_path = base
     config.inference_mode = True
-    config.target_modules = _targets(part)
+    config.target_modules = adapter_targets(part)
     config.save_pretrained(folder)
     state = {
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()

@@ -12,6 +12,7 @@ from vistune.data.template.base import ChatTemplate
 from vistune.data.template.jinja import JinjaTemplate
 from vistune.data.template.pieces import PieceTemplate
 from vistune.errors import TemplateError
+from vistune.models.facts import IMAGE_TOKEN
 
 _SAY = """\
 {%- macro say(message, only_images) -%}
@@ -19,7 +20,7 @@ _SAY = """\
 {%- if not only_images -%}{{ message['content'] }}{%- endif -%}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image>' }}
+{%- if part['type'] == 'image' -%}{{ @IMAGE@ }}
 {%- elif part['type'] == 'text' and not only_images -%}{{ part['text'] }}
 {%- endif -%}
 {%- endfor -%}
@@ -36,17 +37,25 @@ _FLATTEN = """\
 """
 
 
-def chat_template(encoder: Encoder) -> str:
+def chat_template(encoder: Encoder, *, image_text: str = IMAGE_TOKEN) -> str:
     """Returns an encoder's template and system prompt as jinja.
+
+    Args:
+        encoder: The encoder.
+        image_text: What is written for an image part; the processor puts its tokens there.
 
     Raises:
         TemplateError: The template is of a kind that has no jinja form.
     """
     template: ChatTemplate = encoder.template
+    say = _SAY.replace("@IMAGE@", _literal(image_text))
     if type(template) is PieceTemplate:  # a subclass may write something else
-        return _SAY + _pieces(template, encoder.system)
+        return say + _pieces(template, encoder.system)
+    if isinstance(template, JinjaTemplate) and template.image_text:
+        # It takes typed parts itself.
+        return _system_message(encoder.system, as_parts=True) + template.source
     if isinstance(template, JinjaTemplate):
-        return _SAY + _FLATTEN + _system_message(encoder.system) + template.source
+        return say + _FLATTEN + _system_message(encoder.system) + template.source
     raise TemplateError(
         f"the template '{template.name}' cannot be written as jinja",
         fix="export with --to vistune",
@@ -58,12 +67,15 @@ def _literal(text: str) -> str:
     return json.dumps(text)
 
 
-def _system_message(system: str | None) -> str:
+def _system_message(system: str | None, *, as_parts: bool = False) -> str:
     if not system:
         return ""
+    content = _literal(system)
+    if as_parts:
+        content = f"[{{'type': 'text', 'text': {content}}}]"
     return (
         "{%- if messages[0]['role'] != 'system' -%}"
-        f"{{%- set messages = [{{'role': 'system', 'content': {_literal(system)}}}] + messages -%}}"
+        f"{{%- set messages = [{{'role': 'system', 'content': {content}}}] + messages -%}}"
         "{%- endif -%}\n"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from vistune.assembly import Assembled, lay_over, load_assembled
 from vistune.checkpoint.files import INHERITED_NAME
 from vistune.checkpoint.layouts import describe_directory, load_directory
 from vistune.checkpoint.load import resolve_checkpoint
-from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.errors import CheckpointError, ModelError
 from vistune.export.adapter import write_adapter
@@ -21,6 +22,13 @@ from vistune.export.family import write_family
 from vistune.export.files import new_directory
 from vistune.export.hf import compare_hf, write_hf
 from vistune.export.llava import write_llava
+from vistune.export.native import (
+    check_native_form,
+    compare_native,
+    is_native_directory,
+    write_native,
+)
+from vistune.export.native_adapter import write_native_adapter
 from vistune.export.vistune_model import write_vistune
 from vistune.export.xtuner import write_xtuner
 from vistune.models.build import build_model
@@ -28,6 +36,7 @@ from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe, read_json
 from vistune.models.families.files import read_tensors
 from vistune.models.families.visualglm import is_sat, read_sat_tensors
+from vistune.models.native import NativeVLM
 from vistune.recipe import ModelConfig
 
 Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat", "llava", "xtuner"]
@@ -49,8 +58,9 @@ def export_model(
 
     Args:
         path: Run directory (its newest checkpoint), checkpoint, or model directory.
-        to: `hf`: transformers' LLaVA; `adapter`: PEFT adapters and connector; `vistune`: one
-            self-describing directory; `native`: a family's own public layout; `sat`: VisualGLM in
+        to: `hf`: transformers' LLaVA, or the class of transformers the model is of; `adapter`: PEFT
+            adapters and connector; `vistune`: one self-describing directory; `native`: a family's
+            own public layout; `sat`: VisualGLM in
             SwissArmyTransformer's; `llava`: the original LLaVA's layout; `xtuner`: projector and
             adapters (or language model) as XTuner keeps them.
         output: Directory to write.
@@ -69,15 +79,27 @@ def export_model(
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     facts = _facts(manifest, folder)
-    dtype = dtype or _stored_dtype(facts, _origin(manifest, folder))
+    origin = _origin(manifest, folder)
+    dtype = dtype or _stored_dtype(facts, origin)
+    is_native = origin is not None and is_native_directory(origin)
+    if is_native:
+        check_native_form(to)
     with new_directory(output, overwrite=overwrite) as target:
         if to in ("adapter", "xtuner"):
-            _check_composed(facts, to)
+            if not is_native:
+                _check_composed(facts, to)
             _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype)
         whole = _manifest_of_whole(manifest, found.encoder, folder)
-        if to == "vistune":
+        if isinstance(found.model, NativeVLM):
+            write_native(found.model, found.encoder, target, origin=origin)
+            if to == "vistune":
+                write_manifest(target, whole)
+            elif verify:
+                error = compare_native(found.model, found.encoder, target)
+                _check_same(error, found.model, where=output)
+        elif to == "vistune":
             write_vistune(found.model, found.encoder, whole, target)
         elif to in ("native", "sat"):
             write_family(
@@ -87,7 +109,7 @@ def export_model(
                 target,
                 to="sat" if to == "sat" else "native",
                 dtype=dtype,
-                origin=_origin(manifest, folder),
+                origin=origin,
             )
         else:
             _check_composed(facts, to)
@@ -106,9 +128,16 @@ def _write_llava_kind(
         write_llava(model, found.encoder, whole, target, tower_path=tower_path)
         return
     write_hf(model, found.encoder, target)
-    if not verify:
-        return
-    error = compare_hf(model, found.encoder, target)
+    if verify:
+        _check_same(compare_hf(model, found.encoder, target), model, where=where)
+
+
+def _check_same(error: float, model: torch.nn.Module, *, where: Path) -> None:
+    """Refuses an export that transformers answers differently from.
+
+    Raises:
+        CheckpointError: The logits differ by more than rounding.
+    """
     if not error <= _TOLERANCE.get(next(model.parameters()).dtype, 5e-2):
         raise CheckpointError(
             "transformers computes other logits from the export than vistune",
@@ -190,28 +219,43 @@ def _write_unmerged(
             where=str(where),
             fix="export with --to hf or --to vistune",
         )
-    _check_base(where)
     if to == "adapter":
         _check_no_folded(parts, where)
+    encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
     if parts.from_checkpoint is None:
         model = build_model(parts, facts, seed=manifest.seed, dtype=dtype)
     else:
         whole = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+        if isinstance(whole, NativeVLM):
+            before = _trained_before(where, whole.module_map.connector)
+            lay_over(whole, where)
+            write_native_adapter(whole, encoder, manifest, target, with_connector=bool(before))
+            return
         assert isinstance(whole, ComposedVLM)
         model = whole
+    _trained_before(where, model.module_map.connector)
     lay_over(model, where)
-    encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
     write = write_xtuner if to == "xtuner" else write_adapter
     write(model, encoder, manifest, target)
 
 
-def _check_base(checkpoint: Path) -> None:
-    """Refuses adapters that stand on weights which an earlier run trained."""
+def _trained_before(checkpoint: Path, connector: Sequence[str]) -> list[str]:
+    """Returns the weights of the connector that an earlier run trained, and refuses any other.
+
+    Args:
+        checkpoint: The checkpoint.
+        connector: Module paths of the model's connector.
+
+    Raises:
+        CheckpointError: An earlier run trained what an adapter cannot hold.
+    """
     file = checkpoint / INHERITED_NAME
     if not file.is_file():
-        return
+        return []
     with safe_open(file, framework="pt") as weights:
-        changed = [n for n in weights.keys() if not n.startswith("connector.")]  # noqa: SIM118
+        names = list(weights.keys())
+    inside = tuple(f"{prefix}." for prefix in connector)
+    changed = [name for name in names if not name.startswith(inside)]
     if changed:
         raise CheckpointError(
             "these adapters stand on weights that an earlier run trained, so their base is in no"
@@ -220,6 +264,7 @@ def _check_base(checkpoint: Path) -> None:
             got=f"{len(changed)} such weights",
             fix="export with --to hf or --to vistune",
         )
+    return names
 
 
 def _check_no_folded(parts: ModelConfig, checkpoint: Path) -> None:

@@ -8,12 +8,15 @@ from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.errors import ModelError
 from vistune.export.files import MAX_SHARD, write_tokenizer
+from vistune.models.compose import ComposedVLM
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.weights import quiet_transformers
-from vistune.models.whole import WholeModel
+from vistune.models.whole import FamilyModel
 
 
-def write_vistune(model: WholeModel, encoder: Encoder, manifest: Manifest, folder: Path) -> None:
+def write_vistune(
+    model: ComposedVLM | FamilyModel, encoder: Encoder, manifest: Manifest, folder: Path
+) -> None:
     """Writes a model that `load_assembled` reads.
 
     Args:

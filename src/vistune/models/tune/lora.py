@@ -76,7 +76,7 @@ def inject_lora(model: TunableModel, role: RoleName, tune: LoraTune, *, seed: in
     quiet_kernel_notice()
     from peft import LoraConfig, inject_adapter_in_model
 
-    root, prefix = _root(model, role)
+    root, prefix = _root(model, role, layers)
     config = LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,
@@ -104,9 +104,9 @@ def _is_adapter(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _root(model: TunableModel, role: RoleName) -> tuple[nn.Module, str]:
+def _root(model: TunableModel, role: RoleName, layers: list[str]) -> tuple[nn.Module, str]:
     """Returns the module adapters are put into, and what its names lack of the full ones."""
-    prefixes = model.module_map.prefixes(role)
-    if len(prefixes) == 1:
-        return model.get_submodule(prefixes[0]), f"{prefixes[0]}."
+    for prefix in model.module_map.prefixes(role):
+        if all(name.startswith(f"{prefix}.") for name in layers):
+            return model.get_submodule(prefix), f"{prefix}."
     return model.get_submodule(""), ""
