@@ -157,14 +157,27 @@ class Encoder:
             source=sample.source,
             input_ids=tokens.ids,
             target_mask=tokens.mask,
-            pixel_values=[self.pixels(images[i]) for i in tokens.image_order if with_pixels],
+            pixel_values=self._inputs(images, tokens) if with_pixels else [],
             num_image_tokens=tokens.num_image_tokens,
             **self._told(tokens, [_scaled_size(size, tokens.image_scale) for size in sizes]),
         )
 
-    def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """Returns the tower's input for a loaded image; see `EncodedSample.pixel_values`."""
-        return self.image_plan.apply(image) if self.layout is None else self.layout.pixels(image)
+    def pixels(self, image: Image.Image, *, num_images: int = 1) -> npt.NDArray[np.float32]:
+        """Returns the tower's input for a loaded image; see `EncodedSample.pixel_values`.
+
+        Args:
+            image: A Pillow image.
+            num_images: Images of the sample it belongs to.
+        """
+        if self.layout is None:
+            return self.image_plan.apply(image)
+        return self.layout.among(num_images).pixels(image)
+
+    def _inputs(
+        self, images: Sequence[Image.Image], tokens: Tokens
+    ) -> list[npt.NDArray[np.float32]]:
+        order = tokens.image_order
+        return [self.pixels(images[i], num_images=len(order)) for i in order]
 
     @property
     def image_bytes(self) -> int:
@@ -173,17 +186,18 @@ class Encoder:
             return 12 * self.image_plan.size_px**2
         return 4 * self.pixels(Image.new("RGB", (1024, 768))).size
 
-    def pictures(self, image: Image.Image) -> list[Image.Image]:
-        """Returns what the tower sees of a loaded image, for a person to look at."""
+    def pictures(self, image: Image.Image, *, num_images: int = 1) -> list[Image.Image]:
+        """Returns what the tower sees of a loaded image of so many, for a person to look at."""
         if self.layout is None:
             return [self.image_plan.to_square(image)]
-        return self.layout.pictures(image)
+        return self.layout.among(num_images).pictures(image)
 
     def _told(self, tokens: Tokens, sizes: Sequence[Size]) -> dict[str, Any]:
         # What a model is told beside ids and pixels: nothing, where every image is one square.
         if self.layout is None:
             return {}
-        shapes = tuple(self.layout.shape(*sizes[i]) for i in tokens.image_order)
+        layout = self.layout.among(len(tokens.image_order))
+        shapes = tuple(layout.shape(*sizes[i]) for i in tokens.image_order)
         return {
             "image_shapes": shapes,
             "position_ids": self.layout.positions(tokens.ids, shapes),
@@ -214,7 +228,16 @@ class Encoder:
                 tokens = self._with_fewer_turns(turns, sizes, max_tokens, tokens)
             elif overlong == "shrink_image":
                 tokens = self._with_smaller_images(turns, sizes, max_tokens, tokens)
-        return fit(tokens, max_tokens=max_tokens, policy=overlong)
+        kept = fit(tokens, max_tokens=max_tokens, policy=overlong)
+        if self.layout is not None and kept.truncated:
+            before, after = len(tokens.image_order), len(kept.image_order)
+            if self.layout.among(before) != self.layout.among(after):
+                raise RowError(  # what was cut off decided how the rest is shown
+                    f"cut to {after} of its {before} images, it would be shown in another way",
+                    reason="overlong",
+                    fix="raise batch.max_tokens, or data.overlong=drop_turn",
+                )
+        return kept
 
     def require_policy(self, overlong: Overlong) -> None:
         """Refuses a policy that could have no effect.
@@ -279,7 +302,7 @@ class Encoder:
             source="",
             input_ids=tokens.ids,
             target_mask=np.zeros(tokens.ids.size, dtype=np.bool_),
-            pixel_values=[self.pixels(loaded[i]) for i in tokens.image_order],
+            pixel_values=self._inputs(loaded, tokens),
             num_image_tokens=tokens.num_image_tokens,
             **self._told(tokens, sizes),
         )
@@ -364,6 +387,7 @@ class Encoder:
         prefix = self._prefix_ids if self.template.add_bos else ()
         ids = [np.array(prefix, dtype=np.int64)]
         masks = [np.zeros(len(prefix), dtype=np.bool_)]
+        num_images = sum(segment.image is not None for segment in segments)
         starts: list[int] = []
         lengths: list[int] = []
         order: list[int] = []
@@ -377,7 +401,7 @@ class Encoder:
                 continue
             for segment in run:
                 assert segment.image is not None
-                block = self._block(segment.image, sizes)
+                block = self._block(segment.image, sizes, num_images)
                 starts.append(position)
                 lengths.append(block.size)
                 order.append(segment.image)
@@ -402,17 +426,17 @@ class Encoder:
         Raises:
             RowError: There is no such image.
         """
-        return self._image_tokens(*_size_of(image, sizes))
+        return self._image_tokens(*_size_of(image, sizes), len(sizes))
 
-    def _image_tokens(self, height: int, width: int) -> int:
+    def _image_tokens(self, height: int, width: int, num_images: int = 1) -> int:
         if self.layout is not None:
-            return self.layout.num_tokens(height, width)
+            return self.layout.among(num_images).num_tokens(height, width)
         return self.grid.num_tokens(*self.image_plan.size_for(height, width))
 
-    def _block(self, image: int, sizes: Sequence[Size]) -> npt.NDArray[np.int64]:
+    def _block(self, image: int, sizes: Sequence[Size], num_images: int) -> npt.NDArray[np.int64]:
         size = _size_of(image, sizes)
         if self.layout is not None:
-            return self.layout.block(*size)
+            return self.layout.among(num_images).block(*size)
         return np.full(self._image_tokens(*size), self.image_token_id, dtype=np.int64)
 
     def tokenise_text(

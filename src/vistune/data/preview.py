@@ -114,7 +114,11 @@ def preview_sample(
     return Preview(
         sample=sample,
         pieces=tuple(_pieces(encoder, tokens)),
-        images=tuple(picture for image in images for picture in encoder.pictures(image)),
+        images=tuple(
+            picture
+            for image in images
+            for picture in encoder.pictures(image, num_images=len(tokens.image_order))
+        ),
         num_tokens=int(tokens.ids.size),
         num_image_tokens=tokens.num_image_tokens,
         num_targets=int(tokens.mask[1:].sum()),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from tile_kinds import TILE_KINDS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -305,4 +306,5 @@ KINDS: dict[str, Kind] = {
         ),
         model_class="Glm4vForConditionalGeneration",
     ),
+    **{name: Kind(**values) for name, values in TILE_KINDS.items()},
 }

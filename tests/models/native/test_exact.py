@@ -100,10 +100,12 @@ def test_loss_and_gradients_are_transformers(loaded: Assembled, folder: Path) ->
     # fp32 with another order of operations (eager attention there, packed here).
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-6)
     wanted = {f"inner.{n}": p.grad for n, p in inner.named_parameters() if p.grad is not None}
-    found: dict[str, Tensor] = {n: p.grad for n, p in model.named_parameters()}
+    found: dict[str, Tensor] = {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
     assert wanted.keys() == found.keys()
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-9, name
+    for name, gradient in wanted.items():  # a key's bias has none but rounding: 1e-8
+        assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-8, name
     model.requires_grad_(False)
     model.zero_grad()
 

@@ -86,9 +86,12 @@ def test_packed_is_alone_in_loss_and_gradients(loaded: Assembled) -> None:
     together, packed = gradients([samples])
     apart, single = gradients([[sample] for sample in samples])
     assert together == pytest.approx(apart, rel=2e-6)
-    assert packed.keys() == single.keys() == dict(model.named_parameters()).keys()
+    learns = dict(model.named_parameters()).keys() - model.never_trained
+    assert packed.keys() == single.keys() == learns
     for name, gradient in packed.items():
-        scale = single[name].abs().max() + 1e-6
+        scale = float(single[name].abs().max()) + 1e-6
+        if name.endswith("k_proj.bias") and model.module_map.role_of(name) == "vision":
+            scale = 1.0  # it changes no softmax without positions: rounding and nothing else
         assert (gradient - single[name]).abs().max() / scale < 2e-5, name
     model.requires_grad_(False)
 
@@ -112,10 +115,10 @@ def test_text_alone_touches_every_weight(loaded: Assembled) -> None:
     model.zero_grad()
     logits, _ = run(model, [sample_of(loaded.encoder, text="no picture")])
     logits.sum().backward()  # type: ignore[no-untyped-call]
-    missing = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not missing
+    missing = {n for n, p in model.named_parameters() if p.grad is None}
+    assert missing == model.never_trained
     for name, parameter in model.named_parameters():
-        if model.module_map.role_of(name) in ("vision", "connector"):
+        if name not in missing and model.module_map.role_of(name) in ("vision", "connector"):
             assert parameter.grad is not None and not parameter.grad.any()
     model.zero_grad()
     model.requires_grad_(False)

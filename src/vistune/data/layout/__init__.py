@@ -12,7 +12,13 @@ from vistune.data.layout.ratio_tiles import RatioTileLayout
 from vistune.data.layout.row_tiles import RowTileLayout
 from vistune.errors import DataError
 
-_KINDS: dict[str, type[ImageLayout]] = {"anyres": AnyresLayout, "patches": PatchLayout}
+_KINDS: dict[str, type[ImageLayout]] = {
+    "anyres": AnyresLayout,
+    "onevision": OneVisionLayout,
+    "patches": PatchLayout,
+    "ratio_tiles": RatioTileLayout,
+    "row_tiles": RowTileLayout,
+}
 
 
 def load_layout(values: dict[str, Any]) -> ImageLayout:

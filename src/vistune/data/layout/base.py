@@ -8,6 +8,7 @@ the model's public image processor in its Pillow form, which needs no torchvisio
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -96,6 +97,13 @@ class ImageLayout(Section):
         """Returns what the tower sees of an image, for a person to look at (mode RGB)."""
         return [image]
 
+    def among(self, num_images: int) -> ImageLayout:
+        """Returns the layout of the images of a sample that has `num_images` of them.
+
+        Some models show several images each at less detail than a single one.
+        """
+        return self
+
     @abstractmethod
     def limited(self, max_tokens: int) -> ImageLayout:
         """Returns the layout that makes at most `max_tokens` tokens of an image.
@@ -142,13 +150,27 @@ def _processor_class(name: str) -> Any:
         found = getattr(transformers, candidate, None)
         module = "" if found is None else str(found.__module__)
         if ".image_processing_pil_" in module:
-            return found
+            # From its module: transformers 5.17 puts a class that asks for torchvision in the place
+            # of some that only mention it (5.23 does not).
+            return getattr(importlib.import_module(module), candidate)
     raise DataError(
         f"transformers has no image processor {plain} that works without torchvision",
         where="preprocessor_config.json",
         got=f"image_processor_type {name}",
         expected=f"a class {plain}Pil in transformers",
     )
+
+
+def pictures_of(pixels: npt.NDArray[np.float32], processor: Any) -> list[Image.Image]:
+    """Returns tower inputs as pictures again, as an image processor's mean and deviation say.
+
+    Args:
+        pixels: float32 [n, 3, Y, X].
+        processor: A transformers image processor.
+    """
+    mean, std = (np.reshape(v, (3, 1, 1)) for v in (processor.image_mean, processor.image_std))
+    levels = np.rint((pixels * std + mean) / processor.rescale_factor).clip(0, 255)
+    return [Image.fromarray(tile.transpose(1, 2, 0)) for tile in levels.astype(np.uint8)]
 
 
 def unusual_shape(height: int, width: int, *, why: str, fix: str) -> ImageError:

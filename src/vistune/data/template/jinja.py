@@ -5,7 +5,8 @@ cannot occur in text. Putting the answers back at their marks must give the firs
 character for character; then it is known where every answer stands. A template that changes an
 answer (trims it, cuts something out of it) or leaves one out is refused for that row, by name,
 instead of being masked by guesswork. `{% generation %}` blocks, where a template has them, say
-exactly what is learnt and are followed.
+what is learnt and are followed; a special token right behind one, which ends the answer, is learnt
+too.
 
 This module renders with jinja2 in its sandbox and does not need transformers.
 """
@@ -94,10 +95,23 @@ class JinjaTemplate(ChatTemplate):
         self, messages: list[dict[str, str]], add_generation_prompt: bool
     ) -> list[Segment]:
         text = self._render(messages, add_generation_prompt=add_generation_prompt)
+        pieces = re.split(f"[{_BLOCK_OPEN}{_BLOCK_CLOSE}]", text)
+        # Some blocks stop short of the token that ends the answer, and without it the model would
+        # not learn to stop.
+        for index in range(1, len(pieces), 2):
+            end = self._missing_end(pieces[index], pieces[index + 1])
+            pieces[index] += end
+            pieces[index + 1] = pieces[index + 1].removeprefix(end)
         out: list[Segment] = []
-        for index, piece in enumerate(re.split(f"[{_BLOCK_OPEN}{_BLOCK_CLOSE}]", text)):
+        for index, piece in enumerate(pieces):
             _emit(out, piece, is_target=index % 2 == 1)
         return out
+
+    def _missing_end(self, block: str, behind: str) -> str:
+        """Returns the special token right behind a block that does not end with one, if any."""
+        if block.endswith(self.special_tokens):
+            return ""
+        return max((t for t in self.special_tokens if behind.startswith(t)), key=len, default="")
 
     def _from_marks(
         self, messages: list[dict[str, str]], add_generation_prompt: bool

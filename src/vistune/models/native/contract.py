@@ -44,6 +44,10 @@ class NativeFamily(Protocol):
         """Returns patches and folding of the tower."""
         ...
 
+    def untrained(self, config: Any) -> tuple[str, ...]:
+        """Returns modules and parameters inside transformers' model that no gradient reaches."""
+        ...
+
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the image layout, as values of `data.layout`.
 

@@ -72,7 +72,12 @@ class NativeVLM(nn.Module):
     @property
     def never_trained(self) -> frozenset[str]:
         """Parameters that no gradient reaches."""
-        return frozenset()
+        unused = tuple(f"{INNER}.{name}" for name in self.family.untrained(self.config))
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if any(name == path or name.startswith(path + ".") for path in unused)
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the language model's embedding table."""
@@ -165,9 +170,10 @@ class NativeVLM(nn.Module):
         if not torch.is_grad_enabled() or not (trains or self.touch_vision_always):
             return None
         shape, shapes = self.family.blank(self.config)
-        blank = self._cast(torch.zeros(shape, device=like.device))
+        # Not of zeros: some models take an image of zeros for padding and drop it.
+        blank = self._cast(torch.ones(shape, device=like.device))
         out = self.inner.model.get_image_features(**self.family.image_inputs(blank, shapes))
-        parts = [part for name in _FEATURES for part in _tensors(out.get(name))]
+        parts = [part for name in _FEATURES for part in _tensors(getattr(out, name, None))]
         return torch.stack([part.float().sum() for part in parts]).sum().to(like.dtype) * 0.0
 
 

@@ -62,6 +62,10 @@ class Patches:
             patch_px=int(vision.patch_size), downsample=int(vision.spatial_merge_size)
         )
 
+    def untrained(self, config: Any) -> tuple[str, ...]:
+        """Returns nothing: every weight is used."""
+        return ()
+
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `patches`.
 

@@ -1,0 +1,238 @@
+"""Models that see images in tiles: ids and pixels of the public processors, and clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from native_dirs import write_native
+from tile_kinds import TILE_KINDS
+
+from vistune.assembly import Assembled, load_assembled
+from vistune.errors import DataError, ModelError
+from vistune.types import Sample, Turn
+
+EXTREMES = [(1, 1), (1, 400), (400, 1), (16, 16), (17, 16), (64, 64), (65, 64), (31, 500), (700, 9)]
+"""(height, width): a dot, lines, whole tiles and one pixel more."""
+
+
+def some_sizes(number: int, seed: int) -> list[tuple[int, int]]:
+    """Returns the extremes and as many drawn sizes, small ones and large ones."""
+    draw = random.Random(seed)
+    sides = [draw.choice((4, 30, 90, 250)) for _ in range(2 * number)]
+    drawn = [draw.randint(1, side) for side in sides]
+    return [*EXTREMES, *zip(drawn[::2], drawn[1::2], strict=True)]
+
+
+@pytest.fixture(scope="module", params=sorted(TILE_KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Assembled:
+    torch.set_num_threads(1)
+    return load_assembled(write_native(kind, tmp_path_factory.mktemp("n") / kind))
+
+
+@pytest.fixture(scope="module")
+def processor(kind: str, loaded: Assembled) -> Any:
+    """Transformers' own processor, without the part for videos, which needs torchvision."""
+    layout, tokenizer = loaded.encoder.layout, copy.deepcopy(loaded.encoder.tokenizer)
+    assert layout is not None
+    values: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
+    if kind == "internvl":
+        tokenizer.start_image_token, tokenizer.end_image_token = "<img>", "</img>"
+        tokenizer.start_image_token_id, tokenizer.end_image_token_id = 0, 0
+        tokenizer.context_image_token, tokenizer.video_token = "<IMG_CONTEXT>", "<video>"
+        tokenizer.context_image_token_id = loaded.encoder.image_token_id
+        values |= {"image_seq_length": 4, "video_processor": None}
+        name = "InternVLProcessor"
+    elif kind == "llava_onevision":
+        more = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
+        values |= {"num_image_tokens": 16, "video_processor": None, **more}
+        name = "LlavaOnevisionProcessor"
+    else:  # SmolVLM's own writes images the same, and needs a package for its videos
+        values |= {"image_seq_len": 4}
+        name = "Idefics3Processor"
+    made = type(name, (getattr(transformers, name),), {"check_argument_for_proper_class": _any})
+    return made(image_processor=layout.image_processor, **values)
+
+
+def _any(*_: Any) -> None:
+    """Processors check the classes of their parts, also of those that are left out here."""
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    drawn = np.random.RandomState(seed).randint(0, 255, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
+def parts_of(message: tuple[int | str, ...]) -> list[dict[str, str]]:
+    return [
+        {"type": "image"} if isinstance(part, int) else {"type": "text", "text": part}
+        for part in message
+    ]
+
+
+def theirs(processor: Any, turns: list[Turn], images: list[Image.Image], **kwargs: Any) -> Any:
+    messages = [{"role": turn.speaker, "content": parts_of(turn.parts)} for turn in turns]
+    text = processor.apply_chat_template(messages, tokenize=False, **kwargs)
+    return processor(images=[images], text=[text], return_tensors="np", do_pad=True)
+
+
+def test_ids_and_pixels_are_the_processors(kind: str, loaded: Assembled, processor: Any) -> None:
+    for index, size in enumerate(some_sizes(30, seed=3)):
+        turns = [Turn("user", (0, "what?") if index % 2 else ("look: ", 0))]
+        image = picture(size)
+        out = theirs(processor, turns, [image], add_generation_prompt=True)
+        ours = loaded.encoder.encode_prompt(turns, [image])
+        assert np.array_equal(out["input_ids"][0], ours.input_ids), size
+        pixels = out["pixel_values"]
+        pixels = pixels if kind == "internvl" else pixels[0]
+        assert np.array_equal(pixels, ours.pixel_values[0]), size
+
+
+def test_a_conversation_with_images_is_the_processors(
+    kind: str, loaded: Assembled, processor: Any
+) -> None:
+    turns = [
+        Turn("system", ("be brief",)),
+        Turn("user", (0, "what?")),
+        Turn("assistant", ("a thing",)),
+        Turn("user", ("and ", 1, "this, or ", 2, "\nthat?")),
+        Turn("assistant", ("both",)),
+    ]
+    images = [picture(size, seed) for seed, size in enumerate(((50, 90), (200, 40), (9, 9)))]
+    out = theirs(processor, turns, images)
+    content: Any = tuple(images)
+    sample = Sample(id="s", source="s", where="w", turns=tuple(turns), images=content)
+    ours = loaded.encoder.encode(sample, max_tokens=10**6, overlong="error")
+    assert np.array_equal(out["input_ids"][0], ours.input_ids)
+    tokenizer = loaded.encoder.tokenizer
+    learnt = tokenizer.decode(ours.input_ids[ours.target_mask])
+    assert learnt == {
+        "internvl": "a thing<|im_end|>both<|im_end|>",
+        "llava_onevision": "\na thing<|im_end|>\nboth<|im_end|>",
+    }.get(kind, " a thing<end_of_utterance> both<end_of_utterance>")
+    end = "<end_of_utterance>" if kind in ("idefics3", "smolvlm") else "<|im_end|>"
+    assert tokenizer.convert_tokens_to_ids(end) in loaded.encoder.stop_token_ids
+    pixels = out["pixel_values"]
+    if kind == "llava_onevision":  # several images are shown whole
+        pixels = pixels[:, 0]
+    elif kind != "internvl":
+        pixels = pixels[0]
+    assert np.array_equal(pixels, np.concatenate(ours.pixel_values))
+
+
+def test_a_bound_on_tokens_holds(loaded: Assembled) -> None:
+    layout = loaded.encoder.layout
+    assert layout is not None
+    sizes = some_sizes(60, seed=5)
+    most = max(layout.num_tokens(*size) for size in sizes)
+    smallest = None
+    for bound in range(most, 0, -1):
+        try:
+            limited = layout.limited(bound)
+        except DataError as error:
+            smallest = bound
+            assert str(bound + 1) in str(error)
+            break
+        assert type(layout).model_validate_json(limited.model_dump_json()) == limited
+        for size in sizes if bound % 5 == 0 else sizes[:12]:
+            block = limited.block(*size)
+            assert block.size == limited.num_tokens(*size) <= bound
+    assert smallest is not None and smallest + 1 < most
+    for bound in (smallest + 1, most // 2):
+        limited = layout.limited(bound)
+        for size in sizes[:20]:
+            pixels = limited.pixels(picture(size))
+            assert pixels.shape[0] == limited.num_inputs(*size)
+            assert len(limited.pictures(picture(size))) == len(pixels)
+
+
+def test_a_bounded_model_takes_what_it_is_given(kind: str, tmp_path: Path) -> None:
+    from vistune.data.collate import pack_row
+
+    loaded = load_assembled(write_native(kind, tmp_path / "m"))
+    layout = loaded.encoder.layout
+    assert layout is not None
+    bounds = {"internvl": 14, "llava_onevision": 40}
+    limited = layout.limited(bounds.get(kind, 40))
+    encoder: Any = type(loaded.encoder)(**{**vars_of(loaded.encoder), "layout": limited})
+    samples = []
+    for index, size in enumerate(((90, 200), (300, 20), (60, 60))):
+        turns = (Turn("user", (0, "?")), Turn("assistant", ("x",)))
+        sample = Sample(
+            id=str(index),
+            source="s",
+            where="w",
+            turns=turns,
+            images=(picture(size),),  # type: ignore[arg-type]
+        )
+        samples.append(encoder.encode(sample, max_tokens=10**6, overlong="error"))
+    row = pack_row(samples)
+    with torch.no_grad():
+        hidden = loaded.model.hidden_states(**row.model_inputs())
+    assert hidden.shape[1] == sum(sample.input_ids.size for sample in samples)
+    assert bool(hidden.isfinite().all())
+
+
+def vars_of(encoder: Any) -> dict[str, Any]:
+    return {name: getattr(encoder, name) for name in encoder.__dataclass_fields__}
+
+
+def test_the_pictures_are_the_image(loaded: Assembled) -> None:
+    layout = loaded.encoder.layout
+    assert layout is not None
+    image = Image.new("RGB", (90, 50), (200, 30, 90))
+    tiles = layout.pictures(image)
+    assert len(tiles) == layout.num_inputs(50, 90) > 1
+    # Padding is black in some; what shows the image shows its colour, to one level of rounding.
+    middle = [np.asarray(tile)[tile.height // 2, tile.width // 2].astype(int) for tile in tiles]
+    same = [np.abs(pixel - (200, 30, 90)).max() <= 1 for pixel in middle]
+    assert sum(same) >= 2
+
+
+def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
+    folder = write_native(kind, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    key = "image_token_index" if "image_token_index" in config else "image_token_id"
+    right = config[key]
+
+    def refused(file: str, values: dict[str, Any], match: str) -> None:
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps({**json.loads(before), **values}))
+        with pytest.raises(ModelError, match=match):
+            load_assembled(folder)
+        (folder / file).write_text(before)
+
+    refused("config.json", {key: right - 1}, "disagree on the id")
+    text = {**config["text_config"], "vocab_size": right}
+    refused("config.json", {"text_config": text}, "embedding table ends")
+    processor = "preprocessor_config.json"
+    key = "max_image_size" if kind in ("idefics3", "smolvlm") else "size"
+    wrong = {"longest_edge": 32} if key != "size" else {"height": 32, "width": 32}
+    refused(processor, {key: wrong}, "disagree on the size of a tile")
+    refused(processor, {key: {"shortest_edge": 16}}, "is not given by its")
+
+
+def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:
+    folder = write_native("smolvlm", tmp_path / "m")
+    values = json.loads((folder / "preprocessor_config.json").read_text())
+    values["size"] = {"longest_edge": 80}  # a fifth row
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="row_1_col_5"):
+        load_assembled(folder)
