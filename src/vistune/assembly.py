@@ -88,8 +88,7 @@ def draw(recipe: Recipe) -> Blueprint:
     if recipe.model.from_checkpoint is None:
         facts = describe(recipe.model)
         return Blueprint(recipe.model, facts, _encoder(recipe.data, facts, inherited=None))
-    found = _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model.tiles)
-    return found
+    return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model.tiles)
 
 
 def _draw_from(path: Path, data: DataConfig | None, tiles: TilesConfig | None = None) -> Blueprint:

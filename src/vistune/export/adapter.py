@@ -4,6 +4,7 @@
     <folder>/vision_tower/     PEFT adapter of the vision tower, when it has one
     <folder>/connector.safetensors
     <folder>/tiles.safetensors  the newline of images in tiles
+    <folder>/tiles.safetensors  the newline of images in tiles
     <folder>/vistune.json
 
 The base models are not copied: `adapter_config.json` names where they are.
@@ -64,6 +65,9 @@ def write_adapter(model: ComposedVLM, encoder: Encoder, manifest: Manifest, fold
         for name, tensor in model.connector.state_dict().items()
     }
     save_file(state, folder / "connector.safetensors", metadata={"format": "pt"})
+    if model.tiles is not None:
+        newline = {NEWLINE: model.tiles.image_newline.detach().cpu().contiguous()}
+        save_file(newline, folder / "tiles.safetensors", metadata={"format": "pt"})
     if model.tiles is not None:
         newline = {NEWLINE: model.tiles.image_newline.detach().cpu().contiguous()}
         save_file(newline, folder / "tiles.safetensors", metadata={"format": "pt"})

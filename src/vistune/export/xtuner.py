@@ -99,6 +99,11 @@ def _write_projector(model: ComposedVLM, folder: Path) -> None:
             got=f"{model.config.connector_kind}, pixel_shuffle {model.config.pixel_shuffle}",
             fix="export with --to vistune",
         )
+    if model.tiles is not None or model.plan.scales:
+        raise ModelError(
+            "XTuner's layout has no place for images in tiles or at several scales",
+            fix="export with --to llava or --to vistune",
+        )
     alone = isinstance(model.connector, nn.Linear)
     state = {
         f"model.{'0.' if alone else ''}{name}": tensor.detach().cpu().contiguous()
