@@ -23,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 SIZES = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "7b-8": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
 }
 NUM_IMAGES = 256
@@ -74,7 +75,7 @@ def make_tower(folder: Path, device: str) -> None:
 
 def make_language_model(folder: Path, size: str, tokenizer: Path, device: str) -> None:
     """Writes a Llama of a public size with the tokenizer beside it."""
-    heads = {"tiny": 8, "7b": 32, "13b": 40}[size]
+    heads = {"tiny": 8, "7b": 32, "7b-8": 32, "13b": 40}[size]
     config = LlamaConfig(
         **SIZES[size], num_attention_heads=heads, vocab_size=32000, max_position_embeddings=4096
     )

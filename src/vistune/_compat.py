@@ -23,6 +23,7 @@ __all__ = [
     "Decoding",
     "apply_exactly",
     "assert_on_device",
+    "compiled_flex_attention",
     "computed_buffers",
     "decoder_of",
     "embedding_scale",
@@ -262,6 +263,24 @@ def varlen_attention(
     )
     assert isinstance(out, Tensor)
     return out
+
+
+def compiled_flex_attention() -> Callable[..., Any]:
+    """Returns torch's FlexAttention, compiled; it fails where it would run uncompiled.
+
+    Uncompiled it makes all T x T scores, and torch falls back to that without a word after a
+    number of variants (`torch._dynamo.config.recompile_limit`, 2.11 to 2.13). A model has few:
+    rows of one length and of any, windows, caps, the last layer's positions.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = torch.compile(flex_attention, fullgraph=True)
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return run(*args, **kwargs)
+
+    return attend
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistune.errors import DeviceError
+
 
 class Transfer:
     """Two streams, one to the host and one from it, over page-locked memory.
@@ -20,11 +22,21 @@ class Transfer:
 
     Args:
         device: The device.
+
+    Raises:
+        DeviceError: The device and the host share their memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_plain = device.type == "cpu"
+        if device.type == "mps":
+            raise DeviceError(
+                "this device's memory is the host's: there is nowhere to move to",
+                where="train.offload",
+                got=str(device),
+                fix="leave train.offload out",
+            )
         if not self.is_plain:
             self._module: Any = torch.get_device_module(device)
             self._outward = self._module.Stream(device)

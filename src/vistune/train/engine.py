@@ -11,6 +11,7 @@ from vistune.recipe import Recipe
 from vistune.train.modes import let_layers_recompute, set_training_mode
 
 if TYPE_CHECKING:
+    from vistune.models.attention.install import InstalledAttention
     from vistune.models.whole import WholeModel
 
 
@@ -33,19 +34,45 @@ def set_up_engine(
         DeviceError: Something asked for is not on this device.
         MissingExtraError: A package is not installed.
     """
-    from vistune.models.attention.install import install_attention
     from vistune.models.compiled import compile_blocks
-    from vistune.models.fused.install import fused_trunk, install_fused
     from vistune.models.kernels import install_kernels
+
+    def say(text: str) -> str:
+        if text:
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
+        return text
+
+    train = recipe.train
+    attention, layers, runs_fused = _set_up_layers(model, recipe, device)
+    say(str(attention))
+    say(layers)
+    kernels = install_kernels(
+        model, wanted=train.kernels, fused=runs_fused, device=device.torch_device
+    )
+    say(str(kernels))
+    compiled = ""
+    if train.compile:
+        compiled = compile_blocks(model, mode=train.compile, fused=runs_fused)
+    return {
+        "attention": attention.to_json(),
+        "layers": layers,
+        "kernels": {"name": kernels.name, "reason": kernels.reason},
+        "compiled": say(compiled),
+        "offload": say(_offload(recipe, device)),
+    }
+
+
+def _set_up_layers(
+    model: WholeModel, recipe: Recipe, device: Device
+) -> tuple[InstalledAttention, str, bool]:
+    """Returns how attention is computed, what the decoder's layers run as, and if that is fused."""
+    from vistune.models.attention.install import install_attention
+    from vistune.models.fused.install import fused_trunk, install_fused
     from vistune.models.offload import InputStore
     from vistune.models.recompute import set_checkpoint_layers
 
     train, language = recipe.train, recipe.tune.language
     assert train.checkpoint_layers != "auto", "it was settled before"
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
     set_training_mode(model, recipe.tune, model.module_map)
     store = InputStore(device.torch_device) if train.offload.activations else None
     set_checkpoint_layers(model, train.checkpoint_layers, store=store)
@@ -57,37 +84,17 @@ def set_up_engine(
         device=device.torch_device,
         drops_weights=language.mode != "freeze",
     )
-    say(str(attention))
-    fused = install_fused(
+    layers = install_fused(
         model,
         mode=train.fused,
         fp8=language.mode != "full" and language.frozen_format == "fp8",
         num_recomputed=train.checkpoint_layers,
     )
-    say(fused)
     trunk = fused_trunk(model)
-    runs_fused = trunk is not None
     if trunk is not None:
         trunk.backend = attention.backend
         trunk.store = store
-    kernels = install_kernels(
-        model, wanted=train.kernels, fused=runs_fused, device=device.torch_device
-    )
-    say(str(kernels))
-    compiled = ""
-    if train.compile:
-        compiled = compile_blocks(model, mode=train.compile, fused=runs_fused)
-        say(compiled)
-    offloaded = _offload(recipe, device)
-    if offloaded:
-        say(offloaded)
-    return {
-        "attention": attention.to_json(),
-        "layers": fused,
-        "kernels": {"name": kernels.name, "reason": kernels.reason},
-        "compiled": compiled,
-        "offload": offloaded,
-    }
+    return attention, layers, trunk is not None
 
 
 def _offload(recipe: Recipe, device: Device) -> str:

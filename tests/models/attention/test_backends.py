@@ -204,6 +204,9 @@ def test_a_decoder_on_another_backend_gives_the_same(
 @pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS.keys())
 @pytest.mark.parametrize("name", ["varlen", "flex", "sdpa"])
 def test_gpu_equals_attention_written_out(name: str, scoring: Scoring, kind: str) -> None:
+    if name == "flex" and scoring.scale is not None:
+        pytest.skip("each variant takes seconds to compile")
+    torch._dynamo.reset()
     made = packing(kind)
     backend = backend_of(name)  # type: ignore[arg-type]
     on_device = replace(
@@ -211,7 +214,7 @@ def test_gpu_equals_attention_written_out(name: str, scoring: Scoring, kind: str
         cu_seqlens=made.cu_seqlens.cuda(),
         cu_queries=None if made.cu_queries is None else made.cu_queries.cuda(),
     )
-    for key_heads in (2, 4):
+    for key_heads in (2,) if name == "flex" else (2, 4):
         exact = [t.bfloat16().float() for t in tensors(made, key_heads, width=64)]
         half = [t.bfloat16().cuda() for t in exact]
         for t in (*exact, *half):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from vistune import _compat
 from vistune.models.attention.contract import Packing, RowMemo, Scoring
 
 _BLOCK = 128
@@ -71,8 +72,7 @@ class Flex:
         if query.device.type == "cpu":
             return flex_attention
         if self._compiled is None:
-            # Rows differ in length: the second length compiles once more, for any.
-            self._compiled = torch.compile(flex_attention)
+            self._compiled = _compat.compiled_flex_attention()
         return self._compiled
 
 
