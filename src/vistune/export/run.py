@@ -10,9 +10,15 @@ import torch
 from safetensors import safe_open
 
 from vistune._version import __version__
-from vistune.assembly import Assembled, lay_over, load_assembled
+from vistune.assembly import (
+    Assembled,
+    build_parts,
+    describe_parts,
+    lay_over,
+    load_assembled,
+)
 from vistune.checkpoint.files import INHERITED_NAME
-from vistune.checkpoint.layouts import describe_directory, load_directory
+from vistune.checkpoint.layouts import describe_directory
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vistune.data.encode import Encoder
@@ -31,9 +37,8 @@ from vistune.export.native import (
 from vistune.export.native_adapter import write_native_adapter
 from vistune.export.vistune_model import write_vistune
 from vistune.export.xtuner import write_xtuner
-from vistune.models.build import build_model
 from vistune.models.compose import ComposedVLM
-from vistune.models.facts import ModelFacts, describe, read_json
+from vistune.models.facts import ModelFacts, read_json
 from vistune.models.families.files import read_tensors
 from vistune.models.families.visualglm import is_sat, read_sat_tensors
 from vistune.models.native import NativeVLM
@@ -199,8 +204,7 @@ def _facts(manifest: Manifest | None, folder: Path) -> ModelFacts:
     """Describes the model that a directory holds or is laid over."""
     if manifest is None or manifest.parts is None:
         return describe_directory(folder)
-    whole = manifest.parts.from_checkpoint
-    return describe(manifest.parts) if whole is None else describe_directory(Path(whole))
+    return describe_parts(manifest.parts)
 
 
 def _write_unmerged(
@@ -222,19 +226,13 @@ def _write_unmerged(
     if to == "adapter":
         _check_no_folded(parts, where)
     encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
-    if parts.from_checkpoint is None:
-        model = build_model(parts, facts, seed=manifest.seed, dtype=dtype)
-    else:
-        whole = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
-        if isinstance(whole, NativeVLM):
-            before = _trained_before(where, whole.module_map.connector)
-            lay_over(whole, where)
-            write_native_adapter(whole, encoder, manifest, target, with_connector=bool(before))
-            return
-        assert isinstance(whole, ComposedVLM)
-        model = whole
-    _trained_before(where, model.module_map.connector)
+    model = build_parts(parts, facts, seed=manifest.seed, dtype=dtype)
+    before = _trained_before(where, model.module_map.connector)
     lay_over(model, where)
+    if isinstance(model, NativeVLM):
+        write_native_adapter(model, encoder, manifest, target, with_connector=bool(before))
+        return
+    assert isinstance(model, ComposedVLM)
     write = write_xtuner if to == "xtuner" else write_adapter
     write(model, encoder, manifest, target)
 
