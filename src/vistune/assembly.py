@@ -6,14 +6,20 @@ holds no training state and decides nothing by a directory's name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vistune.checkpoint.files import INHERITED_NAME
-from vistune.checkpoint.layouts import describe_directory, load_directory
+from vistune.checkpoint.layouts import (
+    Partial,
+    describe_directory,
+    load_directory,
+    read_partial,
+)
 from vistune.checkpoint.load import read_weights, resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from vistune.checkpoint.merge import merge_adapters
@@ -21,9 +27,9 @@ from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
 from vistune.data.layout import ImageLayout, load_layout
 from vistune.data.template import resolve_template
-from vistune.errors import CheckpointError, DataError
+from vistune.errors import CheckpointError, DataError, ModelError
 from vistune.models.anyres import tiles_of, with_tiles
-from vistune.models.build import build_model
+from vistune.models.build import build_model, replace_connector
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, load_trainable
@@ -32,7 +38,6 @@ from vistune.recipe import (
     ImageConfig,
     ModelConfig,
     Recipe,
-    TilesConfig,
     TuneConfig,
 )
 from vistune.types import ImageDefaults
@@ -88,16 +93,38 @@ def draw(recipe: Recipe) -> Blueprint:
     if recipe.model.from_checkpoint is None:
         facts = describe(recipe.model)
         return Blueprint(recipe.model, facts, _encoder(recipe.data, facts, inherited=None))
-    return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model.tiles)
+    return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model)
 
 
-def _draw_from(path: Path, data: DataConfig | None, tiles: TilesConfig | None = None) -> Blueprint:
+def draw_directory(path: Path) -> Blueprint:
+    """Describes what a directory holds: a run, a checkpoint, a whole model, trained pieces of one.
+
+    Raises:
+        ModelError: A part is not there or does not fit.
+        CheckpointError: The directory is none of these.
+    """
+    return _draw_from(path, None, ModelConfig(from_checkpoint=str(path)))
+
+
+def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Blueprint:
     folder = resolve_checkpoint(path)
+    tiles = asked.tiles
+    partial = read_partial(folder, asked.bases)
+    if partial is not None:
+        _refuse(asked, ("connector.weights",), "it brings its own connector", where=folder)
+        parts = partial.parts.model_copy(update={"tiles": tiles})
+        facts = _completed(describe(parts), partial)
+        return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
     has_manifest = (folder / MANIFEST_NAME).is_file()
     manifest = read_manifest(folder) if has_manifest else None
     is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
     own_parts = manifest.parts if manifest is not None and is_checkpoint else None
-    parts = own_parts or ModelConfig(from_checkpoint=str(folder))
+    if has_manifest:
+        keys = ["bases.vision_tower", "bases.language_model"]
+        keys += [] if own_parts is None else ["connector.weights"]
+        _refuse(asked, keys, "it says itself what it is made of", where=folder)
+    whole = {"from_checkpoint": str(folder), "tiles": None}
+    parts = own_parts or asked.model_copy(update=whole)
     facts = describe_parts(parts)
     inherited = None if manifest is None else manifest.encoder
     adds_tiles = tiles is not None and tiles != tiles_of(facts)
@@ -106,6 +133,38 @@ def _draw_from(path: Path, data: DataConfig | None, tiles: TilesConfig | None = 
         parts = parts.model_copy(update={"tiles": tiles})
     encoder = _encoder(data, facts, inherited=inherited)
     return Blueprint(parts, facts, encoder, folder if is_checkpoint else None, adds_tiles)
+
+
+def _refuse(asked: ModelConfig, keys: Sequence[str], reason: str, *, where: Path) -> None:
+    """Refuses settings that would have no effect on the model gone on from.
+
+    Raises:
+        ModelError: One of them is set.
+    """
+    values = {
+        "bases.vision_tower": asked.bases.vision_tower,
+        "bases.language_model": asked.bases.language_model,
+        "connector.weights": asked.connector.weights,
+    }
+    given = [key for key in keys if values[key] is not None]
+    if given:
+        raise ModelError(
+            f"model.{given[0]} has no effect on what model.from_checkpoint names: {reason}",
+            where=str(where),
+            got=values[given[0]],
+            fix=f"leave model.{given[0]} out",
+        )
+
+
+def _completed(facts: ModelFacts, partial: Partial) -> ModelFacts:
+    """Adds to the facts of parts what a directory of trained pieces says of its training."""
+    mode = partial.mode or facts.image_defaults.mode
+    own = facts.template != "auto" or facts.tokenizer.chat_template is not None
+    return replace(
+        facts,
+        image_defaults=replace(facts.image_defaults, mode=mode),
+        template=facts.template if own else partial.template,
+    )
 
 
 def describe_parts(parts: ModelConfig) -> ModelFacts:
@@ -119,7 +178,7 @@ def describe_parts(parts: ModelConfig) -> ModelFacts:
     """
     if parts.from_checkpoint is None:
         return describe(parts)
-    facts = describe_directory(Path(parts.from_checkpoint))
+    facts = describe_directory(Path(parts.from_checkpoint), parts.bases)
     if parts.tiles is None or parts.tiles == tiles_of(facts):
         return facts
     return with_tiles(facts, parts.tiles, where="model.tiles")
@@ -141,7 +200,10 @@ def build_parts(
     """
     if parts.from_checkpoint is None:
         return build_model(parts, facts, seed=seed, dtype=dtype)
-    model = load_directory(Path(parts.from_checkpoint), facts, dtype=dtype)
+    folder = Path(parts.from_checkpoint)
+    model = load_directory(folder, facts, dtype=dtype, bases=parts.bases)
+    if parts.connector.weights is not None:
+        replace_connector(model, Path(parts.connector.weights))
     if parts.tiles is not None and isinstance(model, ComposedVLM) and model.tiles is None:
         model.add_tiles(parts.tiles, seed=seed)
     return model
@@ -289,7 +351,7 @@ def load_assembled(
         CheckpointError: The directory is none of these.
         ModelError: Its parts are not there any more.
     """
-    blueprint = _draw_from(Path(path), None)
+    blueprint = draw_directory(Path(path))
     folder = resolve_checkpoint(Path(path))
     has_manifest = (folder / MANIFEST_NAME).is_file()
     seed = read_manifest(folder).seed if has_manifest else 0

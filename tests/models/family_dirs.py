@@ -87,6 +87,7 @@ def write_llava_15(folder: Path) -> Path:
         "mm_projector_type": values["mm_projector_type"],
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
     }
     (folder / "config.json").write_text(json.dumps(settings))
     specials = {"<pad>": 0, "<s>": 1, "</s>": 2}

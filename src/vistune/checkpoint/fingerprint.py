@@ -26,7 +26,10 @@ def fingerprint_parts(parts: ModelConfig) -> dict[str, str]:
         "connector": parts.connector.weights,
         "language adapter": parts.language_model.adapter if parts.language_model else None,
         "vision adapter": parts.vision_tower.adapter if parts.vision_tower else None,
+        "aux": parts.vision_tower_aux.path if parts.vision_tower_aux else None,
         "model": parts.from_checkpoint,
+        "vision base": parts.bases.vision_tower,
+        "language base": parts.bases.language_model,
     }
     return {
         role: fingerprint(Path(path))

@@ -27,6 +27,8 @@ from vistune.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.errors import CheckpointError
 
+DEEPSPEED_NAME = "mp_rank_00_model_states.pt"
+"""The weights in a directory that DeepSpeed wrote."""
 SAT_CONFIG_NAME = "model_config.json"
 """What describes a model in SwissArmyTransformer's layout."""
 
@@ -105,14 +107,24 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     Args:
         path: A run directory (its newest whole checkpoint is taken), a checkpoint, or the directory
-            of a whole model of vistune or of another project.
+            of a whole model of vistune or of another project, or what another project trained
+            beside public models (see `is_partial`).
 
     Raises:
         CheckpointError: It is not there, is damaged, or is none of these.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.exists():
         raise CheckpointError("there is no such directory", where=str(folder))
+    if is_partial(folder):
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(
+            "this file is no checkpoint",
+            where=str(folder),
+            expected="a directory, or a .pth file of XTuner that holds the projector alone",
+            fix="name the connector's weights in model.connector.weights",
+        )
     if (folder / SEAL_NAME).is_file():
         verify(folder)
         return folder
@@ -132,20 +144,34 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return found.folder
     if (folder / "config.json").is_file() or (folder / SAT_CONFIG_NAME).is_file():
         return folder
-    if (folder / "projector" / "config.json").is_file():
-        raise CheckpointError(
-            "this is a directory of XTuner, which does not say what its parts stand on",
-            where=str(folder),
-            fix="name the parts in a recipe: model.vision_tower.path, model.language_model.path,"
-            f" model.connector.weights={folder}/projector, and where there are such folders"
-            f" model.language_model.adapter={folder}/llm_adapter and"
-            f" model.vision_tower.adapter={folder}/visual_encoder_adapter",
-        )
     raise CheckpointError(
         "this is neither a run, nor a checkpoint, nor a model directory",
         where=str(folder),
         expected=f"recipe.yaml (a run), {SEAL_NAME} (a checkpoint) or config.json (a model)",
     )
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this holds only what was trained, in another project's form, by the files there.
+
+    XTuner's directories and checkpoints, and what the original LLaVA writes after its first stage
+    and after LoRA; `checkpoint.layouts.partial` reads them. A run or a model of vistune never does.
+
+    Args:
+        path: A file or directory.
+    """
+    if path.is_file():
+        return path.suffix == ".pth"
+    if (path / SEAL_NAME).is_file() or (path / MANIFEST_NAME).is_file():
+        return False
+    if (path / "projector" / "config.json").is_file():
+        return True
+    if not (path / "config.json").is_file():
+        return (path / DEEPSPEED_NAME).is_file()
+    if any(path.glob("*.safetensors.index.json")) or any(path.glob("model*.safetensors")):
+        return False
+    pieces = ("non_lora_trainables.bin", "mm_projector.bin")
+    return not any(path.glob("pytorch_model*")) and any((path / n).is_file() for n in pieces)
 
 
 def read_weights(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, torch.Tensor]:

@@ -98,6 +98,9 @@ def _missing_files(resolved: ResolvedRecipe) -> list[str]:
     """Returns the local paths a recipe names that do not exist, with their keys and origins."""
     recipe = resolved.recipe
     named: dict[str, str | None] = {"model.from_checkpoint": recipe.model.from_checkpoint}
+    if recipe.model.vision_tower_aux is not None:
+        named["model.vision_tower_aux.path"] = recipe.model.vision_tower_aux.path
+    named["model.connector.weights"] = recipe.model.connector.weights
     for index, source in enumerate(recipe.data.train):
         named[f"data.train.{index}.path"] = source.path
         named[f"data.train.{index}.images"] = source.images

@@ -13,12 +13,11 @@ from vistune._version import __version__
 from vistune.assembly import (
     Assembled,
     build_parts,
-    describe_parts,
+    draw_directory,
     lay_over,
     load_assembled,
 )
 from vistune.checkpoint.files import INHERITED_NAME
-from vistune.checkpoint.layouts import describe_directory
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vistune.data.encode import Encoder
@@ -83,8 +82,9 @@ def export_model(
     """
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    facts = _facts(manifest, folder)
-    origin = _origin(manifest, folder)
+    blueprint = draw_directory(folder)
+    facts, parts = blueprint.facts, blueprint.parts
+    origin = _origin(parts)
     dtype = dtype or _stored_dtype(facts, origin)
     is_native = origin is not None and is_native_directory(origin)
     if is_native:
@@ -118,23 +118,29 @@ def export_model(
             )
         else:
             _check_composed(facts, to)
-            _write_llava_kind(found, whole, target, to=to, where=output, verify=verify)
+            tower_path = _tower_path(parts)
+            _write_llava_kind(found, whole, target, to=to, tower_path=tower_path, verify=verify)
     return output
 
 
 def _write_llava_kind(
-    found: Assembled, whole: Manifest, target: Path, *, to: Target, where: Path, verify: bool
+    found: Assembled,
+    whole: Manifest,
+    target: Path,
+    *,
+    to: Target,
+    tower_path: str | None,
+    verify: bool,
 ) -> None:
     """Writes transformers' LLaVA or the original one, which only composed models can be."""
     model = found.model
     assert isinstance(model, ComposedVLM)
     if to == "llava":
-        tower_path = _tower_path(found.manifest, found.origin)
         write_llava(model, found.encoder, whole, target, tower_path=tower_path)
         return
     write_hf(model, found.encoder, target)
     if verify:
-        _check_same(compare_hf(model, found.encoder, target), model, where=where)
+        _check_same(compare_hf(model, found.encoder, target), model, where=found.origin)
 
 
 def _check_same(error: float, model: torch.nn.Module, *, where: Path) -> None:
@@ -182,29 +188,21 @@ def _check_composed(facts: ModelFacts, to: Target) -> None:
         )
 
 
-def _tower_path(manifest: Manifest | None, folder: Path) -> str | None:
-    """Returns where the encoder of a run's tower is, or that of a LLaVA the run stands on."""
-    parts = None if manifest is None else manifest.parts
-    if parts is not None and parts.vision_tower is not None:
+def _origin(parts: ModelConfig) -> Path | None:
+    """Returns the directory whose weights and tokenizer a model of a family came from."""
+    if parts.vision_tower_aux is not None and parts.language_model is not None:
+        return Path(parts.language_model.path).expanduser()
+    return None if parts.from_checkpoint is None else Path(parts.from_checkpoint)
+
+
+def _tower_path(parts: ModelConfig) -> str | None:
+    """Returns where the encoder of a model's tower is, or that of a LLaVA it stands on."""
+    if parts.vision_tower is not None:
         return parts.vision_tower.path
-    whole = folder if parts is None or parts.from_checkpoint is None else parts.from_checkpoint
-    named = read_json(Path(whole) / "config.json").get("mm_vision_tower")
+    if parts.bases.vision_tower is not None or parts.from_checkpoint is None:
+        return parts.bases.vision_tower
+    named = read_json(Path(parts.from_checkpoint) / "config.json").get("mm_vision_tower")
     return None if named is None else str(named)
-
-
-def _origin(manifest: Manifest | None, folder: Path) -> Path | None:
-    """Returns the whole model's directory that a checkpoint stands on, or the directory itself."""
-    if manifest is None or manifest.parts is None:
-        return folder
-    whole = manifest.parts.from_checkpoint
-    return None if whole is None else Path(whole)
-
-
-def _facts(manifest: Manifest | None, folder: Path) -> ModelFacts:
-    """Describes the model that a directory holds or is laid over."""
-    if manifest is None or manifest.parts is None:
-        return describe_directory(folder)
-    return describe_parts(manifest.parts)
 
 
 def _write_unmerged(

@@ -4,6 +4,7 @@
     <folder>/llm_adapter/             PEFT adapter, when the language model was tuned with LoRA
     <folder>/                         the language model itself, when it was trained in full
     <folder>/visual_encoder_adapter/  PEFT adapter of the tower, when it has one
+    <folder>/xtuner_config.py         the models that all this stands on, by XTuner's names for them
 
 XTuner keeps two Python files of its own in `projector/`, which are not written. InternLM2's public
 projections are fused, so adapters on its Llama form are merged and the whole model is written.
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from vistune.checkpoint.layouts.internlm2 import write_internlm2
+from vistune.checkpoint.layouts.partial import TEMPLATES
 from vistune.checkpoint.manifest import Manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
@@ -32,6 +34,7 @@ from vistune.models.facts import language_family
 from vistune.models.towers.families import tower_width
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.weights import quiet_transformers
+from vistune.recipe import ModelConfig
 
 _CLIP_LEVEL = "vision_model."
 
@@ -86,6 +89,20 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
         dtype = next(model.language_model.parameters()).dtype
         _write_language(model.language_model, folder, is_internlm2=family is not None, dtype=dtype)
     write_tokenizer(folder, encoder)
+    _write_names(parts, encoder, folder)
+
+
+def _write_names(parts: ModelConfig, encoder: Encoder, folder: Path) -> None:
+    """Writes what XTuner's configs assign, so that this directory is enough to load it again."""
+    assert parts.language_model is not None and parts.vision_tower is not None
+    names = {
+        "llm_name_or_path": parts.language_model.path,
+        "visual_encoder_name_or_path": parts.vision_tower.path,
+    }
+    if encoder.template.name in TEMPLATES.values():
+        names["prompt_template"] = encoder.template.name
+    text = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+    (folder / "xtuner_config.py").write_text(text, encoding="utf-8")
 
 
 _TRAINED = ("vision", "language", "head")

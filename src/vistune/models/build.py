@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,10 +20,13 @@ from vistune.models.towers.families import features_width
 from vistune.models.towers.load import is_left_out, load_tower
 from vistune.recipe import ModelConfig
 
+if TYPE_CHECKING:
+    from vistune.models.mgm import MGMForConditionalGeneration
+
 
 def build_model(
     config: ModelConfig, facts: ModelFacts, *, seed: int, dtype: torch.dtype
-) -> ComposedVLM:
+) -> ComposedVLM | MGMForConditionalGeneration:
     """Loads the parts of a model and composes them.
 
     Args:
@@ -33,7 +36,8 @@ def build_model(
         dtype: Format of all weights; tuning turns the trained ones into fp32.
 
     Returns:
-        The model on the CPU, in evaluation mode, everything frozen or not as loaded.
+        The model on the CPU, in evaluation mode, everything frozen or not as loaded. With a second
+        tower it is an MGM.
 
     Raises:
         WeightsError: Weights are missing, unexpected or of another shape.
@@ -45,6 +49,10 @@ def build_model(
             where="model.from_checkpoint",
             fix="load a whole model with checkpoint.layouts.load_directory",
         )
+    if config.vision_tower_aux is not None:
+        from vistune.models.families.mgm_parts import build_mgm
+
+        return build_mgm(config, seed=seed, dtype=dtype)
     assert facts.tower is not None
     language_model, _ = load_language_model(config.language_model, facts.text_config, dtype=dtype)
     vision_tower, _ = load_tower(config.vision_tower, facts.vision_config, facts.tower, dtype=dtype)
@@ -77,6 +85,34 @@ def build_model(
         model.add_tiles(config.tiles, seed=seed)
     model.eval()
     return model
+
+
+def replace_connector(model: nn.Module, path: Path) -> None:
+    """Puts saved weights in the place of a whole model's connector; of an MGM, its towers too.
+
+    Args:
+        model: A whole model, changed in place.
+        path: See `model.connector.weights`.
+
+    Raises:
+        WeightsError: The file does not hold this model's connector.
+        ModelError: There is no form of this model's connector alone.
+    """
+    from vistune.models.families.mgm_parts import replace_mgm_connector
+    from vistune.models.mgm import MGMForConditionalGeneration
+    from vistune.models.visualglm import VisualGLMForConditionalGeneration
+
+    if isinstance(model, MGMForConditionalGeneration):
+        replace_mgm_connector(model, path)
+    elif isinstance(model, (ComposedVLM, VisualGLMForConditionalGeneration)):
+        load_connector(model.connector, path)
+    else:
+        raise ModelError(
+            "this model's connector has no form of its own",
+            where="model.connector.weights",
+            got=type(model).__name__,
+            fix="leave model.connector.weights out",
+        )
 
 
 def _fold_adapters(

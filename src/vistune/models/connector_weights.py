@@ -30,7 +30,8 @@ _PREFIXES = (
     "connector.",
     "model.",
 )
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+# The last is DeepSpeed's, in a directory that is called like a file.
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "mp_rank_00_model_states.pt")
 
 
 def load_connector(connector: nn.Module, path: Path) -> None:
@@ -71,18 +72,8 @@ def read_connector(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: See `load_connector`.
     """
-    file = path.expanduser()
-    if file.is_dir():
-        found = [file / name for name in _FOLDER_FILES if (file / name).is_file()]
-        file = found[0] if found else file
-    if not file.is_file():
-        raise WeightsError(
-            "there are no connector weights here",
-            where=str(path),
-            expected=f"a file, or a directory with {' or '.join(_FOLDER_FILES)}",
-            fix=f"set {KEY}",
-        )
-    tensors = _tensors(file)
+    file = _file_of(path)
+    tensors = read_tensors_of(file)
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -95,6 +86,35 @@ def read_connector(path: Path) -> dict[str, Tensor]:
         fix="convert the checkpoint (XTuner: convert pth_to_hf), name its projector/ here and its"
         " llm_adapter/ in model.language_model.adapter",
     )
+
+
+def _file_of(path: Path) -> Path:
+    file = path.expanduser()
+    if file.is_dir():
+        found = [file / name for name in _FOLDER_FILES if (file / name).is_file()]
+        file = found[0] if found else file
+    if not file.is_file():
+        raise WeightsError(
+            "there are no connector weights here",
+            where=str(path),
+            expected=f"a file, or a directory with {' or '.join(_FOLDER_FILES)}",
+            fix=f"set {KEY}",
+        )
+    return file
+
+
+def read_beside(path: Path) -> Mapping[str, object]:
+    """Returns what a checkpoint of training holds beside its weights; objects are never made.
+
+    Args:
+        path: A PyTorch file, or a directory that holds one.
+
+    Raises:
+        WeightsError: It cannot be read.
+    """
+    file = _file_of(path)
+    found = {} if file.suffix == ".safetensors" else _read(file)
+    return found if isinstance(found, Mapping) else {}
 
 
 class _Inert:
@@ -122,12 +142,11 @@ def _load_inert(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _read(file: Path) -> object:
     try:
         if file.suffix == ".safetensors":
-            loaded: dict[str, Tensor] = load_file(file)
-            return loaded
-        found = _load_inert(file)
+            return load_file(file)
+        return _load_inert(file)
     except (OSError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(
             "the connector's weights cannot be read as plain tensors",
@@ -136,6 +155,18 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             fix="convert the file where it was made (XTuner: convert pth_to_hf) and name its"
             " projector/ here",
         ) from error
+
+
+def read_tensors_of(file: Path) -> dict[str, Tensor]:
+    """Reads the weights of a file by name, whatever they are of; nothing in it is run.
+
+    Args:
+        file: Safetensors, or a PyTorch file of weights, alone or among what training keeps.
+
+    Raises:
+        WeightsError: It is missing, damaged, or holds no weights by name.
+    """
+    found = _read(_file_of(file))
     for wrapper in ("state_dict", "module"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]

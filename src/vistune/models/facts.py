@@ -69,6 +69,10 @@ def describe(config: ModelConfig) -> ModelFacts:
             where="model.from_checkpoint",
             fix="read a whole model with checkpoint.layouts.describe_directory",
         )
+    if config.vision_tower_aux is not None:
+        from vistune.models.families.mgm_parts import describe_mgm
+
+        return describe_mgm(config)
     tower = config.vision_tower
     whole_vision_config = read_vision_config(tower)
     plan, vision_config = plan_tower(

@@ -3,6 +3,8 @@
 from vistune.recipe.base import Section
 from vistune.recipe.loader import ResolvedRecipe, load_recipe, shipped_recipes
 from vistune.recipe.model import (
+    AuxTowerConfig,
+    BasesConfig,
     ConnectorConfig,
     LanguageModelConfig,
     ModelConfig,
@@ -28,6 +30,8 @@ from vistune.recipe.schema import (
 )
 
 __all__ = [
+    "AuxTowerConfig",
+    "BasesConfig",
     "BatchConfig",
     "ConnectorConfig",
     "DataConfig",

@@ -41,6 +41,20 @@ class VisionTowerConfig(Section):
         return value
 
 
+class AuxTowerConfig(Section):
+    """The second, high-resolution tower of an MGM: what it sees is mined patch by patch."""
+
+    path: str | None = None
+    """Directory of OpenCLIP's ConvNeXt (`open_clip_pytorch_model.bin` or safetensors). Left out
+    where `model.connector.weights` holds the towers too, as MGM's `mm_projector.bin` does."""
+    size_px: PositiveInt = 768
+    """Side of the picture this tower sees; the other's are made from it."""
+    grid: PositiveInt = 1
+    """Crops of a side that the first tower sees: 1, or 2 for the HD models (with 1,536 px)."""
+    whole: bool = False
+    """With crops: the first tower sees the whole picture besides."""
+
+
 class ConnectorConfig(Section):
     """The network between the tower's features and the language model's embeddings."""
 
@@ -50,7 +64,9 @@ class ConnectorConfig(Section):
     """Side of the square of patches folded into one token before the connector (1: none)."""
     weights: str | None = None
     """Weights to start from, drawn from `seed` when left out: LLaVA's `mm_projector.bin`, XTuner's
-    `projector/` or an `iter_*.pth` that holds the projector alone, or `connector.safetensors`."""
+    `projector/` or an `iter_*.pth` that holds the projector alone, `connector.safetensors`; for an
+    MGM (`vision_tower_aux`) its `mm_projector.bin` with mining and towers. With `from_checkpoint`
+    they take the place of that model's own."""
 
     @field_validator("kind")
     @classmethod
@@ -95,11 +111,23 @@ class TilesConfig(Section):
         return value
 
 
+class BasesConfig(Section):
+    """The models that a directory stands on which holds only what was trained, such as XTuner's."""
+
+    vision_tower: str | None = None
+    """Local directory or hub id of the vision encoder; what the directory's own config says when
+    left out. Also for an original LLaVA, whose config names its encoder."""
+    language_model: str | None = None
+    """Local directory or hub id of the language model; likewise."""
+
+
 class ModelConfig(Section):
     """What the model is made of: three parts, or a model made before."""
 
     vision_tower: VisionTowerConfig | None = None
     """The vision encoder; needed unless `from_checkpoint` is set."""
+    vision_tower_aux: AuxTowerConfig | None = None
+    """A second tower, which makes the model an MGM; it needs CLIP and Gemma as the parts."""
     connector: ConnectorConfig = ConnectorConfig()
     """The network between tower and language model."""
     language_model: LanguageModelConfig | None = None
@@ -108,19 +136,28 @@ class ModelConfig(Section):
     """Cut images into tiles (`{}` for the grids of LLaVA-1.6); left out, every image becomes one
     square. With `from_checkpoint`: tiles for a model that had none; left out, as it was."""
     from_checkpoint: str | None = None
-    """A run, a checkpoint of it, or an exported model to go on from: its parts, its connector and
-    all weights it trained. `vision_tower`, `connector` and `language_model` are then left out."""
+    """A run, a checkpoint of it, or a whole model to go on from: its parts, its connector and all
+    weights it trained. Public layouts are recognised by their files, also those that hold only what
+    was trained: XTuner's directories and `iter_*.pth`, and what LLaVA writes after its first stage
+    and after LoRA. `vision_tower`, `vision_tower_aux`, `connector` (but for its `weights`) and
+    `language_model` are then left out."""
+    bases: BasesConfig = BasesConfig()
+    """Where the models are that `from_checkpoint` stands on, when its own config does not say so
+    rightly."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         parts = (self.vision_tower, self.language_model)
         if self.from_checkpoint is None and None in parts:
             raise ValueError("name both vision_tower and language_model, or from_checkpoint")
+        if self.from_checkpoint is None and self.bases != BasesConfig():
+            raise ValueError("bases belongs to from_checkpoint; name the parts themselves")
         if self.from_checkpoint is not None:
             # What stands at its default says nothing: a resolved recipe writes every key.
             defaults = {
                 "vision_tower": None,
-                "connector": ConnectorConfig(),
+                "vision_tower_aux": None,
+                "connector": ConnectorConfig(weights=self.connector.weights),
                 "language_model": None,
             }
             values = {name: getattr(self, name) for name in defaults}
@@ -130,6 +167,8 @@ class ModelConfig(Section):
                     f"from_checkpoint already says what the model is; leave out {sorted(given)}"
                 )
         tower = self.vision_tower
+        if self.vision_tower_aux is not None and self.tiles is not None:
+            raise ValueError("an MGM (vision_tower_aux) cuts images by its grid: leave tiles out")
         if self.tiles is not None and tower is not None:
             if tower.s2 is not None:
                 raise ValueError("tiles and vision_tower.s2 do not go together: leave one out")

@@ -1,5 +1,6 @@
 """Whole-model directories, one module per public layout, recognised by what is in them."""
 
 from vistune.checkpoint.layouts.directory import describe_directory, load_directory
+from vistune.checkpoint.layouts.partial import Partial, read_partial
 
-__all__ = ["describe_directory", "load_directory"]
+__all__ = ["Partial", "describe_directory", "load_directory", "read_partial"]

@@ -15,6 +15,7 @@ from vistune.checkpoint.layouts import llava_hf, llava_original, vistune_model
 from vistune.checkpoint.load import SAT_CONFIG_NAME
 from vistune.errors import ModelError
 from vistune.models.facts import ModelFacts, read_json
+from vistune.recipe import BasesConfig
 
 if TYPE_CHECKING:
     from vistune.models.whole import WholeModel
@@ -42,6 +43,7 @@ class ComposedLayout(Layout, Protocol):
         ...
 
 
+_NO_BASES = BasesConfig()
 LAYOUTS: tuple[ComposedLayout, ...] = (vistune_model, llava_hf, llava_original)
 
 
@@ -87,25 +89,40 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
-def describe_directory(path: Path) -> ModelFacts:
+def describe_directory(path: Path, bases: BasesConfig = _NO_BASES) -> ModelFacts:
     """Describes a whole model from its config, preprocessor file and tokenizer.
 
     Args:
         path: The directory.
+        bases: Where the recipe says that models are which the directory names.
 
     Raises:
-        ModelError: It is of no known layout, or a file in it cannot be used.
+        ModelError: It is of no known layout, or a file in it cannot be used, or it is whole and
+            stands on no base.
     """
-    return layout_of(path).describe(path)
+    layout = layout_of(path)
+    if bases == _NO_BASES:
+        return layout.describe(path)
+    if layout is not llava_original or bases.language_model is not None:
+        raise ModelError(
+            "this directory holds the whole model, so it stands on no other",
+            where="model.bases",
+            got=bases.language_model or bases.vision_tower,
+            fix="leave model.bases out",
+        )
+    return llava_original.describe(path, tower_path=bases.vision_tower)
 
 
-def load_directory(path: Path, facts: ModelFacts, *, dtype: torch.dtype) -> WholeModel:
+def load_directory(
+    path: Path, facts: ModelFacts, *, dtype: torch.dtype, bases: BasesConfig = _NO_BASES
+) -> WholeModel:
     """Loads a whole model.
 
     Args:
         path: The directory.
         facts: What `describe_directory` found.
         dtype: Format of the weights.
+        bases: As for `describe_directory`.
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -113,6 +130,9 @@ def load_directory(path: Path, facts: ModelFacts, *, dtype: torch.dtype) -> Whol
     Raises:
         WeightsError: Weights are missing, left over or of another shape.
     """
-    model = layout_of(path).load(path, facts, dtype=dtype)
+    if bases == _NO_BASES:
+        model = layout_of(path).load(path, facts, dtype=dtype)
+    else:
+        model = llava_original.load(path, facts, dtype=dtype, tower_path=bases.vision_tower)
     model.eval()
     return model

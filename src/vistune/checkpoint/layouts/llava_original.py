@@ -11,8 +11,9 @@ Source: LLaVA v1.2.2.post1.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,8 +64,12 @@ def _architecture(values: dict[str, Any]) -> str:
     return str(named[0])
 
 
-def describe(folder: Path) -> ModelFacts:
+def describe(folder: Path, *, tower_path: str | None = None) -> ModelFacts:
     """Reads config, tokenizer and the encoder's preprocessor file.
+
+    Args:
+        folder: The directory.
+        tower_path: Where the encoder is; where its config says it is when None.
 
     Raises:
         ModelError: The model has a form that a composed model cannot take, or the encoder that
@@ -72,7 +77,7 @@ def describe(folder: Path) -> ModelFacts:
     """
     values = read_json(folder / "config.json")
     _check(values, where=str(folder / "config.json"))
-    tower = _tower_of(values)
+    tower = _tower_of(values, tower_path)
     whole = read_vision_config(tower)
     plan, vision_config = plan_tower(
         whole, layer=tower.layer, select=tower.select, where=tower.path, scales=tower.s2 or ()
@@ -80,11 +85,15 @@ def describe(folder: Path) -> ModelFacts:
     own_file = (folder / "preprocessor_config.json").is_file()
     tokenizer, image_token_id = load_tokenizer(str(folder), key=KEY)
     defaults = read_image_defaults(str(folder) if own_file else tower.path, whole)
+    # Where nothing is said it is the encoder's own way: the middle of the picture.
+    mode: Literal["crop", "pad"] = (
+        "crop" if values.get("image_aspect_ratio") in (None, "square") else "pad"
+    )
     facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=image_token_id,
         grid=tower_grid(vision_config, plan, pixel_shuffle=1, where=tower.path),
-        image_defaults=at_largest_scale(defaults, plan),
+        image_defaults=at_largest_scale(replace(defaults, mode=mode), plan),
         vision_config=vision_config,
         text_config=_text_config(values),
         tower=plan,
@@ -127,9 +136,9 @@ def _template(values: dict[str, Any], tokenizer: Any) -> str:
     return "auto" if own else "vicuna_v1"
 
 
-def _tower_of(values: dict[str, Any]) -> VisionTowerConfig:
+def _tower_of(values: dict[str, Any], path: str | None) -> VisionTowerConfig:
     return VisionTowerConfig(
-        path=str(values["mm_vision_tower"]),
+        path=path or str(values["mm_vision_tower"]),
         layer=int(values.get("mm_vision_select_layer", -1)),
         select=values.get("mm_vision_select_feature", "patch"),
         s2=_scales(values),
@@ -176,8 +185,16 @@ def _check(values: dict[str, Any], *, where: str) -> None:
         )
 
 
-def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
+def load(
+    folder: Path, facts: ModelFacts, *, dtype: torch.dtype, tower_path: str | None = None
+) -> ComposedVLM:
     """Loads the model, every weight accounted for.
+
+    Args:
+        folder: The directory.
+        facts: From `describe`.
+        dtype: Format of the weights.
+        tower_path: As in `describe`.
 
     Raises:
         WeightsError: A weight is missing, left over or of another shape.
@@ -199,7 +216,9 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
     )
     tensors = dict(read_tensors(folder))
     if not any(name.startswith(_TOWER) for name in tensors):
-        tower, _ = load_tower(_tower_of(values), facts.vision_config, facts.tower, dtype=dtype)
+        tower, _ = load_tower(
+            _tower_of(values, tower_path), facts.vision_config, facts.tower, dtype=dtype
+        )
         tensors |= {f"{_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
     model = fill_model(config, tensors, to_composed, dtype=dtype, where=str(folder))
     check_model(model.language_model, where=str(folder))
