@@ -8,8 +8,8 @@ from tiny_parts import parts
 from vistune.data.collate import pack_row
 from vistune.models.budget import Room, fullest_row, usable_bytes
 from vistune.models.facts import describe
-from vistune.recipe import Recipe
-from vistune.types import EncodedSample
+from vistune.recipe import Recipe, TilesConfig
+from vistune.types import EncodedSample, VisionGrid
 
 GIB = 2**30
 
@@ -35,6 +35,17 @@ def room(config, asked, memory_gib, *, kind="cuda"):
         kind=kind,
         memory_gib=memory_gib,
     )
+
+
+def test_views_of_tiles_are_counted() -> None:
+    grid = VisionGrid(patch_px=14, fixed_size_px=336)
+    # A square picture in 1 x 2 tiles: 1,176 tokens and 24 of text for three views.
+    tiles = TilesConfig(grids=((1, 2),))
+    assert fullest_row(2400, grid, tiles=tiles).num_images == 6
+    # 2 x 2 tiles of a square: 2,928 tokens for five views, fewer for each token than above.
+    both = TilesConfig(grids=((2, 2), (1, 2)))
+    assert fullest_row(12000, grid, tiles=both).num_images == 30
+    assert fullest_row(2400, grid).num_images == 4
 
 
 def test_rows_are_as_long_as_fit_and_no_longer(tmp_path):

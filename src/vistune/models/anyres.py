@@ -166,6 +166,17 @@ def pinpoints_of(grids: Sequence[tuple[int, int]], side: int, *, swapped: bool) 
     return [[first * side, second * side] for first, second in pairs]
 
 
+def square_of(grid: tuple[int, int], view_tokens: int) -> tuple[int, int]:
+    """Returns tokens and views of a square image in a grid: few tokens for the tower's work.
+
+    Args:
+        grid: (rows, columns) of tiles.
+        view_tokens: Tokens of one view.
+    """
+    short, side = min(grid), round(view_tokens**0.5)
+    return view_tokens + short * side * (short * side + 1), 1 + grid[0] * grid[1]
+
+
 def tiles_of(facts: ModelFacts) -> TilesConfig | None:
     """Returns the tiles of a described model's images, or None."""
     layout = facts.layout

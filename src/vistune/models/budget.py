@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vistune.models.anyres import square_of, tiles_of
 from vistune.models.memory import MemoryModel, RowSize, memory_model
-from vistune.recipe import ModelConfig, Recipe
+from vistune.recipe import ModelConfig, Recipe, TilesConfig
 from vistune.types import Batch, VisionGrid
 
 if TYPE_CHECKING:
@@ -59,17 +60,26 @@ def usable_bytes(memory_gib: float) -> int:
     return max(0, int(_USABLE_FRAC * memory_gib * 2**30) - _CONTEXT_BYTES)
 
 
-def fullest_row(num_tokens: int, grid: VisionGrid, *, num_rows: int = 2) -> RowSize:
+def fullest_row(
+    num_tokens: int, grid: VisionGrid, *, num_rows: int = 2, tiles: TilesConfig | None = None
+) -> RowSize:
     """Returns the row of a length that needs most memory: short captions of as many images as fit.
 
     Args:
         num_tokens: Its length.
         grid: Image tokens of a picture.
         num_rows: Rows of the step.
+        tiles: How pictures are cut into tiles; the tower then sees several views of each, which
+            are what is counted.
     """
     side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
-    each = grid.num_tokens(side, side) + _TEXT_TOKENS
-    return RowSize(num_tokens, -(-num_tokens // each), num_tokens // 2, num_tokens, num_rows)
+    view = grid.num_tokens(side, side)
+    if tiles is None:
+        num_views = -(-num_tokens // (view + _TEXT_TOKENS))
+    else:
+        shapes = (square_of(one, view) for one in tiles.grids)
+        num_views = max(-(-num_tokens // (each + _TEXT_TOKENS)) * views for each, views in shapes)
+    return RowSize(num_tokens, num_views, num_tokens // 2, num_tokens, num_rows)
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,14 @@ class Room:
         grid: Image tokens of a picture.
         memory_gib: Memory of the device.
         on_cpu: Whether the device is a CPU.
+        tiles: How pictures are cut into tiles, if they are.
     """
 
     memory: MemoryModel
     grid: VisionGrid
     memory_gib: float
     on_cpu: bool = False
+    tiles: TilesConfig | None = None
 
     @classmethod
     def of(
@@ -116,7 +128,7 @@ class Room:
         memory = memory_model(
             parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
         )
-        return cls(memory, facts.grid, memory_gib, kind == "cpu")
+        return cls(memory, facts.grid, memory_gib, kind == "cpu", tiles_of(facts))
 
     def settle(self, recipe: Recipe) -> Settled:
         """Chooses what a recipe leaves open.
@@ -148,7 +160,7 @@ class Room:
         return Settled(tokens, again, peak <= budget, tuple(said))
 
     def _peak(self, num_tokens: int, again: int) -> int:
-        row = fullest_row(num_tokens, self.grid)
+        row = fullest_row(num_tokens, self.grid, tiles=self.tiles)
         return self.memory.predict(row, checkpoint_layers=again).peak
 
     def advice(self, rows: Sequence[Batch]) -> str:

@@ -103,13 +103,13 @@ def make_plan(
     room = _room(recipe, blueprint, target)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
-    row, num_steps, rows_per_step = fullest_row(settled.max_tokens, room.grid), None, 1.0
+    row, num_steps, rows_per_step = _fullest(settled, room), None, 1.0
     num_steps = recipe.train.steps
     if recipe.batch.tokens is not None:
         rows_per_step = max(1.0, recipe.batch.tokens / settled.max_tokens)
         row = replace(row, num_rows=round(rows_per_step))
     if read_data:
-        row, num_steps, rows_per_step = _from_data(recipe, blueprint)
+        row, num_steps, rows_per_step = _from_data(recipe, blueprint, room)
     prediction = room.memory.predict(row, checkpoint_layers=settled.checkpoint_layers)
     tflop, seconds = _row_time(recipe, room, row, target, settled)
     run_seconds = None
@@ -167,7 +167,11 @@ def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
     )
 
 
-def _from_data(recipe: Recipe, blueprint: Blueprint) -> tuple[RowSize, int, float]:
+def _fullest(settled: Settled, room: Room) -> RowSize:
+    return fullest_row(settled.max_tokens, room.grid, tiles=room.tiles)
+
+
+def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSize, int, float]:
     """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step."""
     from vistune.data.check import check_sources
     from vistune.data.loader import TrainData
@@ -189,9 +193,12 @@ def _from_data(recipe: Recipe, blueprint: Blueprint) -> tuple[RowSize, int, floa
     rows = [(int(lengths[list(row)].sum()), len(plan.rows)) for plan in plans for row in plan.rows]
     tokens, num_rows = max(rows)
     share = tokens / max(1, report.num_tokens)
+    num_images = -(-int(report.num_images * share * 1000) // 1000)
+    if room.tiles is not None:  # the tower's views: at most as many as fill such a row
+        num_images = fullest_row(tokens, room.grid, tiles=room.tiles).num_images
     size = RowSize(
         num_tokens=tokens,
-        num_images=-(-int(report.num_images * share * 1000) // 1000),
+        num_images=num_images,
         num_targets=int(report.num_target_tokens * share),
         num_tail_tokens=int(report.num_target_tokens * share),
         num_rows=num_rows,
