@@ -23,6 +23,7 @@ __all__ = [
     "Decoding",
     "apply_exactly",
     "assert_on_device",
+    "attention_named",
     "compiled_flex_attention",
     "computed_buffers",
     "decoder_of",
@@ -44,6 +45,12 @@ def register_attention(name: str, attention: Callable[..., Any]) -> None:
     """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def attention_named(name: str) -> Callable[..., Any]:
+    """Returns the attention function filed under `name` (`AttentionInterface`, 5.17 and 5.23)."""
+    found: Callable[..., Any] = AttentionInterface()[name]
+    return found
 
 
 def uses_attention_interface(model: Any) -> bool:

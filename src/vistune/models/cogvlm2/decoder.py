@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vistune.models.attention import packed_attention
+from vistune import _compat
 from vistune.models.cogvlm2.config import CogVLM2Config
 from vistune.models.cogvlm2.rotary import StoredFrequencies, rotate
 from vistune.models.cogvlm2.tokens import ExpertRoute
@@ -96,6 +96,7 @@ class ExpertAttention(nn.Module):
 
     def __init__(self, config: CogVLM2Config, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_multi_query_heads
@@ -131,9 +132,8 @@ class ExpertAttention(nn.Module):
         key, value = rotate(key, context.tables).transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        mixed, _ = packed_attention(
-            self, query, key, value, context.mask, scaling=self.head_dim**-0.5
-        )
+        attention = _compat.attention_named(self.config._attn_implementation)
+        mixed, _ = attention(self, query, key, value, context.mask, scaling=self.head_dim**-0.5)
         rows_TD = route.to_route(mixed.reshape(route.num_tokens, -1))
         return run_experts(rows_TD, route, self.language_expert_dense, self.vision_expert_dense)
 

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.attention import packing_mask
+from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.cogvlm2.config import CONNECTOR_STRIDE, NUM_IMAGE_MARKS, CogVLM2Config
 from vistune.models.cogvlm2.decoder import AttentionContext, DecoderLayer
 from vistune.models.cogvlm2.rotary import StoredFrequencies, inverse_frequencies, rotary_tables
@@ -107,6 +107,8 @@ class CogVLM2Model(CogVLM2PreTrainedModel):
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.vision = VisionPath(config)
+        # Whatever was asked for: any other attention would mix packed samples.
+        config._attn_implementation = register_packed_attention()
         self.post_init()
 
     def image_features(self, pixel_values_NCYX: Tensor) -> Tensor:
