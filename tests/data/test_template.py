@@ -190,6 +190,13 @@ def test_generation_blocks_are_followed() -> None:
     assert text.endswith("<|im_start|>assistant\n⟦A2<|im_end|>⟧\n")
 
 
+def test_the_token_that_ends_an_answer_is_learnt_behind_a_block_that_stops_short() -> None:
+    short = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert short != GENERATION
+    text = show(make_jinja(short).segments((*TURNS[:3], Turn("assistant", ("A2",)))))
+    assert text.endswith("<|im_start|>assistant\n⟦A2<|im_end|>⟧\n")
+
+
 def test_repeated_answers_are_told_apart() -> None:
     turns = (TURNS[2], Turn("assistant", ("Q2",)), TURNS[2], Turn("assistant", ("Q2",)))
     text = show(make_jinja(CHATML).segments(turns))

@@ -63,7 +63,8 @@ class Preview:
     Args:
         sample: The sample.
         pieces: The conversation in order.
-        images: The sample's images as the vision tower gets them, before normalisation.
+        images: What the vision tower gets of each of the sample's images, before normalisation:
+            one picture, or one for every tile.
         num_tokens: Tokens in all; 0 where no tokenizer is known.
         num_image_tokens: Image tokens among them.
         num_targets: Target tokens among them.
@@ -73,7 +74,7 @@ class Preview:
 
     sample: Sample
     pieces: tuple[Piece, ...]
-    images: tuple[Image.Image, ...]
+    images: tuple[tuple[Image.Image, ...], ...]
     num_tokens: int
     num_image_tokens: int
     num_targets: int
@@ -115,9 +116,7 @@ def preview_sample(
         sample=sample,
         pieces=tuple(_pieces(encoder, tokens)),
         images=tuple(
-            picture
-            for image in images
-            for picture in encoder.pictures(image, num_images=len(tokens.image_order))
+            tuple(encoder.pictures(image, num_images=len(tokens.image_order))) for image in images
         ),
         num_tokens=int(tokens.ids.size),
         num_image_tokens=tokens.num_image_tokens,
@@ -153,7 +152,7 @@ def preview_text(sample: Sample, plan: ImagePlan) -> Preview:
     return Preview(
         sample=sample,
         pieces=tuple(pieces),
-        images=tuple(images),
+        images=tuple((image,) for image in images),
         num_tokens=0,
         num_image_tokens=0,
         num_targets=0,

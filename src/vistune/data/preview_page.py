@@ -30,6 +30,7 @@ th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right}
 th:first-child,td:first-child{text-align:left}caption{text-align:left}
 .row{display:flex;gap:1rem;align-items:flex-start;flex-wrap:wrap}
 figure{margin:0}figure img{width:14rem;max-width:100%;border:1px solid var(--line)}
+.row figure{max-width:14.5rem}figure img.tile{width:4.5rem}
 figcaption{max-width:14rem;word-break:break-all}
 pre{flex:1 1 24rem;margin:0;padding:.7rem .9rem;white-space:pre-wrap;word-break:break-word;
 font:13px/2 ui-monospace,"Noto Sans Mono CJK SC",monospace;background:var(--box);border-radius:6px}
@@ -128,16 +129,26 @@ def _section(preview: Preview) -> str:
         facts.append(f"{preview.num_truncated} tokens cut off")
     facts.extend(html.escape(remark) for remark in preview.remarks)
     figures = "".join(
-        f'<figure><img alt="image {k + 1}" src="{_data_url(image)}">'
-        f"<figcaption>{html.escape(sample.images[k].name)}: {image.width} x {image.height} px"
-        "</figcaption></figure>"
-        for k, image in enumerate(preview.images)
+        _figure(k, sample.images[k].name, pictures) for k, pictures in enumerate(preview.images)
     )
     text = "".join(_span(piece, odd=k % 2 == 1) for k, piece in enumerate(preview.pieces))
     return (
         f"<section><h2>{html.escape(sample.id)}</h2>"
         f'<p class="facts">{" &middot; ".join(facts)}</p>'
         f'<div class="row">{figures}<pre>{text}</pre></div></section>'
+    )
+
+
+def _figure(index: int, name: str, pictures: Sequence[Image.Image]) -> str:
+    first = pictures[0]
+    tiles = "" if len(pictures) == 1 else f"{len(pictures)} tiles, "
+    shown = "".join(
+        f'<img{" class=tile" if tiles else ""} alt="image {index + 1}" src="{_data_url(picture)}">'
+        for picture in pictures
+    )
+    return (
+        f"<figure>{shown}<figcaption>{html.escape(name)}: {tiles}"
+        f"{first.width} x {first.height} px</figcaption></figure>"
     )
 
 

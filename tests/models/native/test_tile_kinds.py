@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tile_kinds import TILE_KINDS
 
 from vistune.assembly import Assembled, load_assembled
 from vistune.errors import DataError, ModelError
-from vistune.types import Sample, Turn
+from vistune.types import ImageRef, Sample, Turn
 
 EXTREMES = [(1, 1), (1, 400), (400, 1), (16, 16), (17, 16), (64, 64), (65, 64), (31, 500), (700, 9)]
 """(height, width): a dot, lines, whole tiles and one pixel more."""
@@ -204,6 +205,25 @@ def test_the_pictures_are_the_image(loaded: Assembled) -> None:
     middle = [np.asarray(tile)[tile.height // 2, tile.width // 2].astype(int) for tile in tiles]
     same = [np.abs(pixel - (200, 30, 90)).max() <= 1 for pixel in middle]
     assert sum(same) >= 2
+
+
+def test_the_preview_names_the_tiles_of_every_image(kind: str, loaded: Assembled) -> None:
+    from vistune.data.preview import preview_sample
+    from vistune.data.preview_page import to_html
+
+    for sizes in ([(50, 90)], [(90, 90), (200, 30)]):
+        images: Any = tuple(picture(size) for size in sizes)
+        turns = (Turn("user", (*range(len(sizes)), "?")), Turn("assistant", ("x",)))
+        sample = Sample(id="s", source="s", where="w", turns=turns, images=images)
+        limits: Any = {"max_tokens": 10**6, "overlong": "error"}
+        encoded = loaded.encoder.encode(sample, **limits)
+        shown = preview_sample(loaded.encoder, sample, **limits)
+        assert [len(tiles) for tiles in shown.images] == [len(p) for p in encoded.pixel_values]
+    files: Any = tuple(ImageRef(name=f"{i}.png", path=Path(f"{i}.png")) for i in range(2))
+    page = to_html([replace(shown, sample=replace(sample, images=files))], title="T")
+    assert page.count("<figure>") == 2
+    whole = kind == "llava_onevision"  # several images are shown whole
+    assert ("tiles, " in page) == (not whole)
 
 
 def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
