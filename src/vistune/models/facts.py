@@ -40,6 +40,7 @@ class ModelFacts:
         image_marks: What the tokenizer's own chat template writes for an image part, and the text
             to put in front of and behind an image's tokens in its stead. None for a template of
             text alone.
+        whole_config: Config of a model of a family, from which the whole model can be built.
     """
 
     tokenizer: Any
@@ -52,6 +53,7 @@ class ModelFacts:
     template: str = "auto"
     layout: dict[str, Any] | None = None
     image_marks: tuple[str, str, str] | None = None
+    whole_config: Any = None
 
 
 def describe(config: ModelConfig) -> ModelFacts:

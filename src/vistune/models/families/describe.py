@@ -53,6 +53,7 @@ def facts_of(config: FamilyConfig, folder: Path) -> ModelFacts:
             text_config=config,
             tower=None,
             template=f"cogvlm2_{config.template_version}",
+            whole_config=config,
         )
     image_token_id = config.image_token_id
     assert image_token_id is not None
@@ -72,6 +73,7 @@ def facts_of(config: FamilyConfig, folder: Path) -> ModelFacts:
         text_config=config.text_config,
         tower=None,
         template=template,
+        whole_config=config,
     )
 
 
