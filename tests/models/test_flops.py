@@ -23,6 +23,7 @@ STAGE1 = TuneConfig()
 LORA = TuneConfig.model_validate(
     {"connector": {"mode": "freeze"}, "language": {"mode": "lora", "rank": 2}}
 )
+TOWER = TuneConfig.model_validate({"vision": {"mode": "lora", "rank": 2}})
 FULL = TuneConfig.model_validate(
     {part: {"mode": "full"} for part in ("vision", "connector", "language", "head")}
 )
@@ -64,7 +65,9 @@ def test_pairs_are_those_of_the_mask(window):
             assert attended_pairs(length, queries=queries, window=window) == sum(seen)
 
 
-@pytest.mark.parametrize(("name", "tune"), [("stage 1", STAGE1), ("lora", LORA), ("full", FULL)])
+@pytest.mark.parametrize(
+    ("name", "tune"), [("stage 1", STAGE1), ("lora", LORA), ("tower", TOWER), ("full", FULL)]
+)
 @pytest.mark.parametrize("text", ["llama", "gemma"])
 def test_as_torch_counts_them(tmp_path, name, tune, text):
     if text == "gemma" and name == "full":

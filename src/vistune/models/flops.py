@@ -29,9 +29,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vistune.models.compose import ComposedVLM
+from vistune.models.native import NativeVLM
+from vistune.models.patch_work import (
+    PatchTower,
+    connector_products,
+    input_weights,
+    largest_stack,
+    patch_tower,
+)
 from vistune.models.recompute import decoder_layers
 from vistune.models.towers.families import TowerPlan, tower_features
 from vistune.recipe import TuneConfig
+from vistune.types import ImageShape
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,16 @@ class TowerWork:
         forward: Operations, adapters included.
         first: Of these, those of the layer that reads pixels, which need no input gradient.
         adapters: Of these, those of LoRA factors.
+        attention: Of these, those of attention, whose gradients cost twice as much.
+        inputs: Of these, those of the first block's query, key and value projections, which need
+            no input gradient where only adapters train.
     """
 
     forward: int
     first: int = 0
     adapters: int = 0
+    attention: int = 0
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,9 +93,11 @@ class ModelWork:
         windows: Positions a token sees, layer by layer; None for all before it.
         head: Weights of the output head.
         connector: Weights of the connector's linear layers, in order.
-        tower: The tower's pass over one image.
+        tower: The tower's pass over one image, or how it follows from the images' grids.
         tune: What trains.
         head_is_tied: The head is the embedding table and trains with the language model.
+        connector_first: Which of the connector's layers have nothing that trains between them and
+            the tower.
     """
 
     inner: Weights
@@ -92,9 +108,10 @@ class ModelWork:
     windows: tuple[int | None, ...]
     head: int
     connector: tuple[int, ...]
-    tower: TowerWork
+    tower: TowerWork | PatchTower
     tune: TuneConfig
     head_is_tied: bool = False
+    connector_first: frozenset[int] = frozenset({0})
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,8 @@ class RowLengths:
         num_targets: Target tokens.
         num_images: Images.
         num_image_tokens: Image tokens.
+        pixel_shape: Shape of the images' pixels, for a tower that takes any size.
+        image_shapes: What the layout says of every image, for such a tower.
     """
 
     samples: Sequence[int]
@@ -115,6 +134,8 @@ class RowLengths:
     num_images: int
     num_image_tokens: int
     tails: Sequence[int] | None = None
+    pixel_shape: tuple[int, ...] = ()
+    image_shapes: tuple[ImageShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,23 +172,39 @@ def row_flops(work: ModelWork, row: RowLengths) -> Flops:
     language += products(work.last_rest, num_tail)
     if flows and not reaches_embeddings:
         language -= 2 * num_tokens * work.first_inputs
+    tower, num_connector_tokens = _images(work, row)
     head_passes = 1 + flows + (tune.head.mode == "full" or (full and work.head_is_tied))
     return Flops(
-        tower=row.num_images * _tower(work),
-        connector=_connector(work, row.num_image_tokens),
+        tower=tower,
+        connector=_connector(work, num_connector_tokens),
         language=language,
         attention=(4 + 8 * flows) * work.attention_width * _pairs(work, row),
         head=2 * row.num_targets * work.head * head_passes,
     )
 
 
-def _tower(work: ModelWork) -> int:
-    tower, mode = work.tower, work.tune.vision.mode
+def _images(work: ModelWork, row: RowLengths) -> tuple[int, int]:
+    """Returns the operations of the tower, and the tokens that pass the connector."""
+    mode, tower = work.tune.vision.mode, work.tower
+    if isinstance(tower, TowerWork):
+        return row.num_images * _tower(tower, mode), row.num_image_tokens
+    grids = tower.grids(row.pixel_shape, row.image_shapes) if row.pixel_shape else []
+    passes = TowerWork(
+        tower.forward(grids),
+        tower.products(tower.first, grids, classes=False),
+        tower.products(tower.adapters, grids),
+        tower.attention(grids),
+        tower.products(tower.inputs, grids),
+    )
+    return _tower(passes, mode), tower.num_connector_tokens(grids)
+
+
+def _tower(tower: TowerWork, mode: str) -> int:
     if mode == "freeze":
         return tower.forward
     if mode == "full":
         return 3 * tower.forward - tower.first
-    return 2 * tower.forward - tower.first + tower.adapters
+    return 2 * tower.forward - tower.first + tower.adapters + tower.attention - tower.inputs
 
 
 def _connector(work: ModelWork, num_tokens: int) -> int:
@@ -175,7 +212,7 @@ def _connector(work: ModelWork, num_tokens: int) -> int:
     tower_trains = tune.vision.mode != "freeze"
     trains = tune.connector.mode == "full"
     for index, weights in enumerate(work.connector):
-        input_gradient = tower_trains or (trains and index > 0)
+        input_gradient = tower_trains or (trains and index not in work.connector_first)
         total += 2 * weights * num_tokens * (1 + input_gradient + trains)
     return total
 
@@ -221,12 +258,21 @@ def work_of(model: nn.Module, tune: TuneConfig) -> ModelWork | None:
         None for a model whose cost does not follow from its linear layers alone (several towers,
         experts, query transformers): it is then not known rather than guessed.
     """
-    if not isinstance(model, ComposedVLM):
+    if not isinstance(model, (ComposedVLM, NativeVLM)):
         return None
     layers = decoder_layers(model)
     if not layers or any(_has_other_products(layer) for layer in layers):
         return None
-    config = model.config.text_config
+    if isinstance(model, NativeVLM):
+        tower: TowerWork | PatchTower | None = patch_tower(model)
+        connector, first = connector_products(model)
+    else:
+        tower, first = _tower_work(model), frozenset({0})
+        parts = model.connector.modules()
+        connector = tuple(m.weight.numel() for m in parts if isinstance(m, nn.Linear))
+    if tower is None:
+        return None
+    config: Any = model.config.get_text_config()
     head_width = getattr(config, "head_dim", None)
     head_width = head_width or config.hidden_size // config.num_attention_heads
     key_value = _weights(layers[-1], only=("k_proj", "v_proj"))
@@ -240,16 +286,15 @@ def work_of(model: nn.Module, tune: TuneConfig) -> ModelWork | None:
         inner=inner,
         last_key_value=key_value,
         last_rest=rest,
-        first_inputs=_first_inputs(layers[0]),
+        first_inputs=input_weights(layers[0]),
         attention_width=int(config.num_attention_heads) * int(head_width),
         windows=_windows(config, len(layers)),
         head=sum(p.numel() for p in head.parameters() if p.dim() > 1),
-        connector=tuple(
-            m.weight.numel() for m in model.connector.modules() if isinstance(m, nn.Linear)
-        ),
-        tower=_tower_work(model),
+        connector=connector,
+        tower=tower,
         tune=tune,
         head_is_tied=not model.module_map.head,
+        connector_first=first,
     )
 
 
@@ -274,16 +319,6 @@ def _weights(module: nn.Module, *, only: Sequence[str] = ()) -> Weights:
         else:
             base += part.weight.numel()
     return Weights(base, adapters)
-
-
-def _first_inputs(layer: nn.Module) -> int:
-    return sum(
-        part.weight.numel()
-        for name, part in layer.named_modules()
-        if isinstance(part, nn.Linear)
-        and not {"q_proj", "k_proj", "v_proj", "qkv_proj"}.isdisjoint(name.split("."))
-        and ".lora_B" not in name
-    )
 
 
 def _windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
@@ -328,6 +363,9 @@ def _tower_work(model: ComposedVLM) -> TowerWork:
     if first is not None:
         strides = first.stride if isinstance(first.stride, tuple) else (first.stride, first.stride)
         first_flops = 2 * first.weight.numel() * (side // strides[0]) * (side // strides[1])
-    num_positions = (side // grid.patch_px) ** 2
+    num_positions = (side // grid.patch_px) ** 2 + int(model.plan.traits.class_token)
     adapters = 2 * num_positions * _weights(model.vision_tower).adapters
-    return TowerWork(counter.get_total_flops(), first_flops, adapters)
+    attention = int(counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0))
+    blocks = largest_stack(model, "vision")
+    inputs = 2 * num_positions * input_weights(blocks[0]) if blocks else 0
+    return TowerWork(counter.get_total_flops(), first_flops, adapters, attention, inputs)

@@ -32,6 +32,8 @@ def lengths_of(row: Batch, *, reads_tail: bool) -> RowLengths:
         num_targets=row.num_targets,
         num_images=0 if pixels is None else pixels.shape[0],
         num_image_tokens=row.num_image_tokens,
+        pixel_shape=() if pixels is None else tuple(pixels.shape),
+        image_shapes=row.image_shapes,
     )
 
 
