@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -114,6 +115,9 @@ def end_at(metrics: Path, row: str, steps: int) -> None:
         time.sleep(0.2)
     report(row, metrics)
     sys.stdout.flush()
+    for worker in multiprocessing.active_children():  # they would hold the device's memory
+        worker.kill()
+        worker.join()
     os._exit(0)
 
 

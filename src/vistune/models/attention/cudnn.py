@@ -24,8 +24,8 @@ from vistune.models.attention.varlen import Varlen
 WIDEST_HEAD = 128
 """Beyond it Hopper has no backward kernel."""
 _SAMPLES_STEP = 8
+_LENGTH_STEP = 256
 _TOKENS_STEP = 4096
-_FINE_LENGTH = 1024
 _INT32 = 2**31
 
 
@@ -123,13 +123,11 @@ class _Sizes:
         cls, packing: Packing, query_THD: Tensor, *, heads: tuple[int, int], joined: bool,
         scale: float,
     ) -> _Sizes:  # fmt: skip
-        longest = packing.max_seqlen
-        step = 128 if longest <= _FINE_LENGTH else 256
         return cls(
             query_THD.device,
             query_THD.dtype,
             _up(packing.cu_seqlens.shape[0] - 1, _SAMPLES_STEP),
-            _up(longest, step),
+            _up(packing.max_seqlen, _LENGTH_STEP),
             _up(query_THD.shape[0], _TOKENS_STEP),
             *heads,
             query_THD.shape[2],

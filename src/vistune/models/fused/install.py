@@ -1,15 +1,17 @@
-"""Puts the fused path into a composed model, and says what it did or why not."""
+"""Puts the fused path into a model with a fusable decoder, and says what it did or why not."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from vistune import _compat
 from vistune.errors import DeviceError, ModelError
 from vistune.models.compose import ComposedVLM
-from vistune.models.fused.trunk import NotFusable, fuse
+from vistune.models.fused.trunk import FusedTrunk, NotFusable, fuse
+from vistune.models.mgm import MGMForConditionalGeneration
 
 if TYPE_CHECKING:
     from vistune.models.whole import WholeModel
@@ -49,7 +51,7 @@ def install_fused(
             where="train.fused",
             fix="set train.fused=auto, or tune.language.frozen_format=same",
         )
-    if not isinstance(model, ComposedVLM):
+    if not isinstance(model, ComposedVLM | MGMForConditionalGeneration):
         if mode == "on" or fp8:
             raise ModelError(
                 f"{type(model).__name__} has decoder layers of its own, which have no fused form",
@@ -70,6 +72,13 @@ def install_fused(
     trunk.num_recomputed = num_recomputed
     model.fused = trunk
     return f"decoder layers: fused{', frozen weights in FP8' if fp8 else ''}"
+
+
+def fused_trunk(model: nn.Module) -> FusedTrunk | None:
+    """Returns a model's fused layers, or None where it runs as it was written."""
+    if isinstance(model, ComposedVLM | MGMForConditionalGeneration):
+        return model.fused
+    return None
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -25,11 +25,12 @@ from vistune import _compat
 from vistune.errors import ModelError
 from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.contract import ModuleMap
+from vistune.models.fused.trunk import FusedTrunk
 from vistune.models.mgm.configuration import MGMConfig, vision_grid
 from vistune.models.mgm.convnext import ConvNeXtStages, joined_map
 from vistune.models.mgm.mining import MGMConnector, tiles
 from vistune.models.splice import idle, splice
-from vistune.types import VisionGrid
+from vistune.types import Tail, VisionGrid
 
 _HIGH_RES_STEP_PX = 32
 
@@ -57,6 +58,7 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         assert config.aux_widths is not None
         assert config.aux_depths is not None
         self.touch_vision_always = False
+        self.fused: FusedTrunk | None = None
         self.vision_tower = CLIPVisionModel(config.vision_config)
         self.vision_tower_aux = ConvNeXtStages(
             config.aux_widths, config.aux_depths, drop_path_rate=config.aux_drop_path_rate
@@ -246,15 +248,10 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         Raises:
             ModelError: Image tokens and images do not match in number.
         """
-        embeds_BTD = self.embeddings(input_ids_BT, pixel_values_NCYX)
-        if pixel_values_NCYX is None:
-            seeing = (self.vision_tower, self.vision_tower_aux, self.connector)
-            embeds_BTD = embeds_BTD + idle(
-                self.image_embeddings,
-                seeing,
-                side_px=self.config.image_size_aux,
-                like=embeds_BTD,
-                always=self.touch_vision_always,
+        embeds_BTD = self._row_embeddings(input_ids_BT, pixel_values_NCYX)
+        if self.fused is not None:
+            return self.fused.hidden_states(
+                embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
             )
         out = _compat.decoder_of(self.language_model)(
             inputs_embeds=embeds_BTD,
@@ -264,6 +261,40 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def target_states(
+        self,
+        *,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values_NCYX: Tensor | None,
+        tail: Tail,
+    ) -> Tensor:
+        """As `hidden_states`, at the target positions only: [M, D]. Needs the fused layers."""
+        assert self.fused is not None
+        return self.fused.target_states(
+            self._row_embeddings(input_ids_BT, pixel_values_NCYX),
+            position_ids_BT,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            tail=tail,
+        )
+
+    def _row_embeddings(self, input_ids_BT: Tensor, pixel_values_NCYX: Tensor | None) -> Tensor:
+        """Returns `embeddings` that depend on every trained vision and connector weight."""
+        embeds_BTD = self.embeddings(input_ids_BT, pixel_values_NCYX)
+        if pixel_values_NCYX is not None:
+            return embeds_BTD
+        seeing = (self.vision_tower, self.vision_tower_aux, self.connector)
+        return embeds_BTD + idle(
+            self.image_embeddings,
+            seeing,
+            side_px=self.config.image_size_aux,
+            like=embeds_BTD,
+            always=self.touch_vision_always,
+        )
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Applies the tied head: [M, D] -> [M, V]."""
