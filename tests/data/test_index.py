@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,67 @@ def test_ranks_build_together(tmp_path: Path, cache: Path) -> None:
     found = {results.get() for _ in ranks}
     assert found == {int(build(source).columns.text_tokens.sum())}
     assert len(list(cache.iterdir())) == 1
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _wait_until(is_so: Callable[[], bool], *, most_s: float = 20.0) -> None:
+    until = time.monotonic() + most_s
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for processes")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_finish_what_a_killed_one_left(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Three ranks at one folder; one is killed with SIGKILL while it holds a claim."""
+    source = source_of(tmp_path / "d", 90)
+    reader = open_source(source)
+    plain = RowScan(reader, make_encoder()).rows(range(len(reader)))
+    slow = RowScan._row
+
+    def row(self: RowScan, *given: Any) -> None:
+        time.sleep(0.005)  # long enough to be killed in the middle
+        slow(self, *given)
+
+    monkeypatch.setattr(RowScan, "_row", row)
+    monkeypatch.setattr(building, "_STALE_S", 0.4)  # instead of a minute
+    monkeypatch.setattr(building, "_TOUCH_S", 0.05)
+    context = multiprocessing.get_context("fork")
+
+    def rank(number: int) -> None:
+        index_source(source, reader, make_encoder(), workers=workers, rank=number, world_size=3)
+
+    ranks = [context.Process(target=rank, args=(number,)) for number in range(3)]
+    for one in ranks:
+        one.start()
+    key = source_key(source, make_encoder(), deep=False)
+    parts = cache / f"{key}.parts"
+    _wait_until(lambda: len(list(parts.glob("done-*"))) >= 2)
+    doomed = ranks[1]
+    assert doomed.pid is not None
+    children = _children(doomed.pid)
+    os.kill(doomed.pid, signal.SIGKILL)
+    assert not (cache / key).exists()  # it was not done yet
+    for one in ranks:
+        one.join(30)
+    assert [one.exitcode for one in ranks] == [0, -signal.SIGKILL, 0]
+    assert same(SourceIndex.load(cache / key), plain)
+    assert [path.name for path in cache.iterdir()] == [key]
+    assert len(children) >= workers
+    _wait_until(lambda: all(_has_ended(child) for child in children))
 
 
 def _die(*_: Any, **__: Any) -> None:

@@ -22,6 +22,7 @@ from vistune.data.count import TokenCounter
 from vistune.data.encode import Encoder, Overlong, Size
 from vistune.data.formats import RowReader
 from vistune.data.index import SourceIndex
+from vistune.data.orphans import end_with_parent
 from vistune.data.rejects import reject
 from vistune.data.tokens import overlong_error, turns_that_fit
 from vistune.errors import DataError, RowError
@@ -232,6 +233,7 @@ class _Process:
 
     @classmethod
     def start(cls, job: _Job) -> None:
+        end_with_parent()
         cls.job = job
 
     @classmethod

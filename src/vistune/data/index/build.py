@@ -28,6 +28,7 @@ from typing import Any
 
 from vistune.data.index.columns import SourceIndex
 from vistune.data.index.scan import RowScan
+from vistune.data.orphans import end_with_parent
 from vistune.errors import DataError
 
 _STALE_S = 60.0
@@ -223,6 +224,7 @@ class _Process:
 
     @classmethod
     def start(cls, task: Build) -> None:
+        end_with_parent()
         cls.task = task
 
     @classmethod
