@@ -151,7 +151,7 @@ def generate(
                     open_rows.discard(index)
             if not open_rows:
                 break
-    return [reader.text(ids)[0] for ids in kept]
+    return [encoder.template.shown(reader.text(ids)[0]) for ids in kept]
 
 
 @torch.no_grad()
@@ -202,13 +202,14 @@ def stream(
             text, stopped = reader.text(kept)
             if stopped:
                 break
-            settled = reader.settled(text)
-            if settled > told:
-                yield text[told:settled]
-                told = settled
-    text, _ = reader.text(kept)
-    if len(text) > told:
-        yield text[told:]
+            text = text[: reader.settled(text)]
+            shown = encoder.template.shown(text[: encoder.template.num_settled(text)])
+            if len(shown) > told:
+                yield shown[told:]
+                told = len(shown)
+    shown = encoder.template.shown(reader.text(kept)[0])
+    if len(shown) > told:
+        yield shown[told:]
 
 
 class _Reader:

@@ -93,6 +93,24 @@ class ChatTemplate(Section):
             RowError: The template cannot render this conversation.
         """
 
+    def shown(self, answer: str) -> str:
+        """Returns an answer as it is shown and kept in the conversation.
+
+        Args:
+            answer: What the model said, without what ended it.
+        """
+        return answer
+
+    def num_settled(self, answer: str) -> int:
+        """Returns how many characters of an unfinished answer can be shown.
+
+        `shown` of so many gives the beginning of `shown` of the whole, whatever comes.
+
+        Args:
+            answer: What the model has said so far.
+        """
+        return len(answer)
+
     def stretches(self, turns: Sequence[Turn], system: str | None = None) -> list[Stretch]:
         """Renders a conversation as `segments` does, in less time: only what decides its tokens.
 

@@ -10,12 +10,18 @@ Source: VisualGLM-6B's fine-tuning and chat.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 from vistune.data.template.base import ChatTemplate, Segment, check_order, split_system
 from vistune.errors import RowError
 from vistune.types import Turn
+
+_TRAINING_TIME = ("[[训练时间]]", "2023年")
+_FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_HAN = "[\u4e00-\u9fff]"
+_BESIDE_HAN = re.compile(f"(?<={_HAN})[,!:;?]|[,!:;?](?={_HAN})")
 
 
 class GlmTemplate(ChatTemplate):
@@ -68,6 +74,26 @@ class GlmTemplate(ChatTemplate):
             out += [Segment(text=s.text, is_target=True) for s in _said(rest[last])]
             out.append(_mark(self.answer_close, is_target=True))
         return out
+
+    def shown(self, answer: str) -> str:
+        """Returns an answer as the public chat shows it.
+
+        Blanks around it go, punctuation beside a Chinese character becomes full-width, and the
+        place kept for the time of training is filled.
+        """
+        text = answer.strip().replace(*_TRAINING_TIME)
+        return _BESIDE_HAN.sub(lambda mark: _FULL_WIDTH[mark[0]], text)
+
+    def num_settled(self, answer: str) -> int:
+        """Returns how many characters the next ones do not change; see `ChatTemplate`."""
+        place, end = _TRAINING_TIME[0], len(answer)
+        for size in range(min(len(place) - 1, end), 0, -1):
+            if answer.endswith(place[:size]):
+                end -= size
+                break
+        while end and answer[end - 1] in _FULL_WIDTH:
+            end -= 1
+        return end
 
     def _check(self, prompt: str | None, *, num_images: int) -> None:
         if prompt:

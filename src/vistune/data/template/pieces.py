@@ -55,6 +55,14 @@ class PieceTemplate(ChatTemplate):
     caption_only: bool = False
     """The conversation is images and one caption: a user's text is dropped."""
 
+    def shown(self, answer: str) -> str:
+        """Returns an answer without what the template itself writes in front of one."""
+        return answer.removeprefix(self.answer_open)
+
+    def num_settled(self, answer: str) -> int:
+        """Returns how many characters the next ones do not change; see `ChatTemplate`."""
+        return 0 if self.answer_open.startswith(answer) else len(answer)
+
     def segments(
         self,
         turns: Sequence[Turn],

@@ -65,6 +65,14 @@ class QuestionTemplate(ChatTemplate):
                 _write(out, self.answer_close, is_target=True)
         return out
 
+    def shown(self, answer: str) -> str:
+        """Returns an answer without the blank in front, which the template itself writes."""
+        return answer.removeprefix(self.answer_open)
+
+    def num_settled(self, answer: str) -> int:
+        """Returns how many characters the next ones do not change; see `ChatTemplate`."""
+        return 0 if self.answer_open.startswith(answer) else len(answer)
+
     def _ask(self, out: list[Segment], turn: Turn, *, cue: bool) -> None:
         # An image leaves the line break that stood beside it; the public prompt has none.
         has_image = any(isinstance(part, int) for part in turn.parts)
