@@ -64,7 +64,7 @@ def layers_of(model: TunableModel, role: RoleName) -> list[nn.Module]:
         list(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and name.startswith(prefixes)
+        and f"{name}.".startswith(prefixes)
         and module_map.role_of(f"{name}.0") == role
     ]
 
