@@ -269,6 +269,7 @@ def _layout(config: ImageConfig, facts: ModelFacts, before: Encoder | None) -> I
             where=", ".join(f"data.image.{key}" for key in wrong),
             fix="leave these out; data.image.max_tokens bounds the size of an image",
         )
+    layout.require()
     return layout if config.max_tokens == "auto" else layout.limited(config.max_tokens)
 
 

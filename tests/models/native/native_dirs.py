@@ -59,13 +59,21 @@ def tokenizer_of(specials: tuple[str, ...], template: str) -> PreTrainedTokenize
     return tokenizer
 
 
-def write_native(kind: str, folder: Path) -> Path:
-    """Writes one kind's directory with random weights of a fixed seed; returns it."""
+def write_native(kind: str, folder: Path, *, wide: bool = False) -> Path:
+    """Writes one kind's directory with random weights of a fixed seed; returns it.
+
+    Args:
+        kind: Which.
+        folder: Made here.
+        wide: Widths of the language model are multiples of 64, as blocks of 4-bit weights need.
+    """
     made = KINDS[kind]
     folder.mkdir(parents=True)
     tokenizer = tokenizer_of(made.specials, made.template)
     tokenizer.save_pretrained(folder)
     config = made.config(tokenizer)
+    if wide:
+        _widen(config)
     torch.manual_seed(0)
     model = getattr(transformers, made.model_class)(config)
     with torch.no_grad():
@@ -75,6 +83,19 @@ def write_native(kind: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(made.processor))
     return folder
+
+
+def _widen(config: Any) -> None:
+    """Makes the language model's widths multiples of 64, and what the tower hands over."""
+    text, old = config.get_text_config(), config.get_text_config().hidden_size
+    for name in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
+        if hasattr(text, name):
+            setattr(text, name, 64)
+    text.num_attention_heads = text.num_attention_heads * 64 // old
+    # What the tower hands over is as wide as the language model, under a name of each family's own.
+    for name in ("out_hidden_size", "hidden_size", "projection_dim"):
+        if getattr(config.vision_config, name, None) == old:
+            setattr(config.vision_config, name, 64)
 
 
 def _ids(tokenizer: Any, *names: str) -> list[int]:

@@ -112,6 +112,15 @@ class ImageLayout(Section):
             DataError: No image would become so few.
         """
 
+    def require(self) -> None:
+        """Makes sure that images can be prepared here, before any is.
+
+        Raises:
+            DataError: The public image processor has no form without torchvision.
+        """
+        if self.processor:
+            _ = self.image_processor
+
     @property
     def image_processor(self) -> Any:
         """The public image processor; every process makes one when it first asks for it."""
@@ -133,7 +142,16 @@ def make_image_processor(values: dict[str, Any]) -> Any:
 @functools.lru_cache(maxsize=8)
 def _made(text: str) -> Any:
     values: dict[str, Any] = json.loads(text)
-    return _processor_class(str(values.get("image_processor_type")))(**_arguments(values))
+    made = _processor_class(str(values.get("image_processor_type")))
+    try:
+        return made(**_arguments(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            "the image processor cannot be made from the values of its file",
+            where="preprocessor_config.json",
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="bring back the file that the model was published with",
+        ) from error
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +176,7 @@ def _processor_class(name: str) -> Any:
         where="preprocessor_config.json",
         got=f"image_processor_type {name}",
         expected=f"a class {plain}Pil in transformers",
+        fix="use a release of transformers that has it",
     )
 
 

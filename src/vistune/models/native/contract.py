@@ -8,11 +8,12 @@ forward pass takes what the layout says of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
 from vistune.registry import Registry
 from vistune.types import ImageDefaults, ImageShape, VisionGrid
@@ -29,6 +30,13 @@ class NativeFamily(Protocol):
     @property
     def image_marks(self) -> tuple[str, str, str]:
         """What its chat template writes for an image; text put before and behind its tokens."""
+        ...
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Its language model carries a state from token to token, which a packed row would hand on
+        to the next sample: samples then run one by one.
+        """
         ...
 
     @property
@@ -86,6 +94,24 @@ class NativeFamily(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """What a family says besides whose tokens see some of what follows them."""
+
+    @property
+    def reads_prompts_both_ways(self) -> bool:
+        """Whether all that stands in front of an answer is a prefix that sees all of itself.
+
+        Otherwise it is the tokens of an image that see all of their image.
+        """
+        ...
+
+    @property
+    def first_position(self) -> int:
+        """The position of a sample's first token."""
+        ...
+
+
 NATIVE: Registry[NativeFamily] = Registry("transformers model")
 """The families, by `model_type`."""
 
@@ -102,9 +128,27 @@ def defaults_of(processor: Mapping[str, Any], grid: VisionGrid) -> ImageDefaults
     Args:
         processor: The values of its image processor's file.
         grid: Of its tower.
+
+    Raises:
+        ModelError: Mean or deviation of the channels is not three numbers.
     """
-    mean, std = (tuple(processor.get(name) or (0.5,) * 3) for name in ("image_mean", "image_std"))
+    mean, std = (_channels(processor, name) for name in ("image_mean", "image_std"))
     return ImageDefaults(grid.patch_px * grid.downsample, mean, std, mode="resize")
+
+
+def _channels(processor: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    values = processor.get(name)
+    if values is None:
+        return 0.5, 0.5, 0.5
+    numbers = list(values) if isinstance(values, (list, tuple)) else [values]
+    if len(numbers) != 3 or not all(isinstance(n, (int, float)) for n in numbers):
+        raise ModelError(
+            "an image processor gives one number for each of three channels",
+            where=f"preprocessor_config.json: {name}",
+            got=values,
+        )
+    red, green, blue = map(float, numbers)
+    return red, green, blue
 
 
 def one_kind(ids_BT: Tensor, image_token_id: int) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 from vistune.errors import ModelError
 from vistune.models.attention import register_packed_attention
 from vistune.models.facts import ModelFacts, read_json
-from vistune.models.native.contract import NATIVE, NativeFamily, defaults_of
+from vistune.models.native.contract import NATIVE, LooksAhead, NativeFamily, defaults_of
 from vistune.models.native.model import NativeVLM
 from vistune.models.weights import hub_error, load_strictly, quiet_transformers
 
 KEY = "model.from_checkpoint"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 
 
@@ -32,6 +33,14 @@ def describe_native(folder: Path) -> ModelFacts:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    # Without its files transformers makes an empty tokenizer of the right class.
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            "the directory has no tokenizer",
+            where=str(folder),
+            expected=" or ".join(_TOKENIZER_FILES),
+            fix="download the directory again, with its small files",
+        )
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
@@ -39,8 +48,8 @@ def describe_native(folder: Path) -> ModelFacts:
     except Exception as error:  # these files fail in many ways, all of them the user's to mend
         raise hub_error(error, path=str(folder), key=KEY) from error
     family = NATIVE.get(config.model_type)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = _chat_template(folder)
+    # The processor's template goes before the tokenizer's own, which often knows text alone.
+    tokenizer.chat_template = _chat_template(folder) or tokenizer.chat_template
     processor = read_processor(folder)
     grid = family.grid(config)
     return ModelFacts(
@@ -51,9 +60,14 @@ def describe_native(folder: Path) -> ModelFacts:
         vision_config=config.vision_config,
         text_config=config.get_text_config(),
         tower=None,
+        template="paligemma" if _reads_prompts_both_ways(family) else "auto",
         layout=family.layout(config, processor, tokenizer),
         image_marks=family.image_marks,
     )
+
+
+def _reads_prompts_both_ways(family: NativeFamily) -> bool:
+    return isinstance(family, LooksAhead) and family.reads_prompts_both_ways
 
 
 def read_processor(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,11 @@ from torch import Tensor
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
 from vistune.models.native.contract import one_kind, register
+from vistune.models.native.marks import image_token_id, token_id
 from vistune.types import ImageShape, VisionGrid
+
+_PUBLIC = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+"""What the public image processors take where their file says nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Patches:
     def image_marks(self) -> tuple[str, str, str]:
         """What its chat template writes for an image; nothing is put around its tokens."""
         return f"{self.open_text}{self.image_text}{self.close_text}", "", ""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """No."""
+        return False
 
     @property
     def roles(self) -> ModuleMap:
@@ -70,9 +79,12 @@ class Patches:
         """Returns the layout `patches`.
 
         Raises:
-            ModelError: The processor's file does not say how large images may be.
+            ModelError: The processor's file does not say how large images may be, or the tokenizer
+                is another model's.
         """
-        size = dict(processor.get("size") or {})
+        _check_patches(config.vision_config, processor)
+        said = processor.get("size")
+        size = said if isinstance(said, Mapping) else {}
         # Older files have the bounds at the top, or under other names inside of `size`.
         least = _first(
             processor.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")
@@ -82,18 +94,17 @@ class Patches:
             raise ModelError(
                 "the image processor's file does not say how large images may be",
                 where="preprocessor_config.json",
-                got=f"size {size}",
+                got=f"size {said}",
                 expected="size with shortest_edge and longest_edge, or min_pixels and max_pixels",
             )
         grid = self.grid(config)
-        marks = tokenizer.convert_tokens_to_ids([self.open_text, self.close_text])
         values = {n: v for n, v in processor.items() if n not in ("min_pixels", "max_pixels")}
         frames = int(config.vision_config.temporal_patch_size) if self.counts_frames else 1
         return {
             "kind": "patches",
-            "image_token_id": self.image_token_id(config),
-            "before": marks[:1],
-            "after": marks[1:],
+            "image_token_id": image_token_id(config, tokenizer, self.image_text),
+            "before": [token_id(tokenizer, self.open_text)],
+            "after": [token_id(tokenizer, self.close_text)],
             "processor": {**values, "size": {"shortest_edge": least, "longest_edge": most}},
             "patch_px": grid.patch_px,
             "merge": grid.downsample,
@@ -121,6 +132,26 @@ class Patches:
         channels = int(getattr(vision, "in_channels", 3))
         values = channels * int(vision.temporal_patch_size) * side**2
         return (merge**2, values), ((1, merge, merge),)
+
+
+def _check_patches(vision: Any, processor: Mapping[str, Any]) -> None:
+    """Refuses an image processor that cuts other patches than the tower reads.
+
+    Raises:
+        ModelError: They disagree.
+    """
+    names = {"patch_size": "patch_size", "merge_size": "spatial_merge_size"}
+    names["temporal_patch_size"] = "temporal_patch_size"
+    for name, own in names.items():
+        got, expected = processor.get(name, _PUBLIC[name]), int(getattr(vision, own))
+        if got != expected:
+            raise ModelError(
+                "image processor and vision tower disagree on the patches",
+                where=f"preprocessor_config.json: {name}",
+                got=got,
+                expected=expected,
+                fix="bring back the file that the model was published with",
+            )
 
 
 def _first(*values: Any) -> Any:
