@@ -23,15 +23,21 @@ COLUMNS = (
     "LoRA",
     "QLoRA",
     "packed",
+    "learns",
     "generate",
     "export",
     "parity",
 )
 
 _E2E = "tests/test_families_end_to_end.py::"
+_LEARN = (
+    "tests/test_families_learn.py"
+    "::test_twenty_steps_on_photographs_and_answers_with_and_without_a_cache"
+)
 _PARITY = "tests/compare/test_parity.py::test_reference_dumps_pass"
 _LOOP = "tests/train/test_loop.py::"
 _PIECES = "tests/models/test_language_pieces.py::"
+_PARTIAL = "tests/checkpoint/layouts/test_partial.py"
 _LAYOUTS = "tests/export/test_public_layouts.py::"
 
 
@@ -84,7 +90,10 @@ def _family(kind: str, dump: str, exports: str, **changes: Cell) -> tuple[Cell, 
         "lora": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-lora]",)),
         "qlora": _qlora(kind),
         "packed": Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[{kind}]",)),
-        "generate": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-lora]",)),
+        "learns": Shown((f"{_LEARN}[{kind}]",)),
+        "generate": Shown(
+            (f"{_LEARN}[{kind}]", f"{_E2E}test_train_resume_answer_export[{kind}-lora]")
+        ),
         "export": Shown((f"{_E2E}test_train_resume_answer_export[{kind}-full]",), exports),
         "parity": Shown((f"{_PARITY}[{dump}]",)),
     }
@@ -98,6 +107,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown((f"{_LOOP}test_losses_equal_a_plain_loop_over_transformers[lora]",)),
         _QLORA,
         Shown((f"{_LOOP}test_packed_equals_one_by_one_in_loss_and_gradients",)),
+        Shown((f"{_LEARN}[llava-internlm2]",), "with InternLM2 as a Llama"),
         Shown(("tests/generate/test_decode.py::test_greedy_equals_transformers_without_a_cache",)),
         Shown(
             (
@@ -117,15 +127,17 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown(
             (
                 "tests/checkpoint/layouts/test_llava_original.py",
+                _PARTIAL,
                 f"{_LAYOUTS}test_connectors_of_others",
             ),
-            "whole, or `mm_projector.bin` alone",
+            "whole, after LoRA, or `mm_projector.bin` alone",
         ),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",)),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]",)),
         _qlora("llava-1.5"),
         Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[llava-1.5]",)),
-        Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]",)),
+        Shown((f"{_LEARN}[llava-1.5]",)),
+        Shown((f"{_LEARN}[llava-1.5]", f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]")),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",), "llava, vistune"),
         Shown((f"{_PARITY}[llava15]",)),
     ),
@@ -140,7 +152,8 @@ ROWS: dict[str, tuple[Cell, ...]] = {
                 "::test_it_is_an_ordinary_language_part_on_packed_rows",
             )
         ),
-        Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-lora]",)),
+        Shown((f"{_LEARN}[llava-internlm2]",)),
+        Shown((f"{_LEARN}[llava-internlm2]",)),
         Shown(
             (
                 f"{_PIECES}test_internlm2_is_an_ordinary_part[public-full]",
@@ -156,9 +169,10 @@ ROWS: dict[str, tuple[Cell, ...]] = {
                 f"{_LAYOUTS}test_xtuner_adapters_of_internlm2_speak_of_its_own_names",
                 f"{_LAYOUTS}test_connectors_of_others",
                 f"{_LAYOUTS}test_other_objects_in_a_file_are_never_run",
+                _PARTIAL,
             ),
-            "`projector/`, adapters, and `iter_*.pth` that hold the projector alone; the parts are"
-            " named in the recipe",
+            "its directories, and `iter_*.pth` that hold the projector alone; what they stand on is"
+            " in their own configs or in the recipe",
         ),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-full]",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),
@@ -169,11 +183,23 @@ ROWS: dict[str, tuple[Cell, ...]] = {
                 "::test_it_is_an_ordinary_language_part_on_packed_rows",
             )
         ),
+        Shown((f"{_LEARN}[llava-internlm2]",), "from its parts"),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),
         Shown((f"{_LAYOUTS}test_xtuner_with_internlm2",), "without XTuner's own Python files"),
         Missing("there is no reference dump of the whole model; its parts have theirs"),
     ),
-    "MGM-2B": _family("mgm-2b", "mgm_gemma", "native, vistune"),
+    "MGM-2B": _family(
+        "mgm-2b",
+        "mgm_gemma",
+        "native, vistune",
+        load=Shown(
+            (
+                f"{_E2E}test_a_family_is_described_by_its_own_files[mgm-2b]",
+                "tests/models/test_mgm_parts.py",
+            ),
+            "whole, or from Gemma, CLIP, OpenCLIP's ConvNeXt and `mm_projector.bin`",
+        ),
+    ),
     "MGM-2B-HD": _family("mgm-2b-hd", "mgm_gemma", "native, vistune"),
     "CogVLM2-Llama3": _family(
         "cogvlm2",
@@ -211,6 +237,7 @@ page is written by `python tests/models_table.py`, which runs those tests.
 
 - **load original**: the public directory, every tensor accounted for.
 - **train full**, **LoRA**, **QLoRA**: a run with that tuning.
+- **learns**: twenty steps on photographs bring the loss down.
 - **packed**: several samples in a row give the loss of each alone.
 - **generate**: answers, token by token with a cache.
 - **export**: written and loaded again with equal logits, in the forms named.

@@ -95,7 +95,7 @@ def test_samples_of_one_length_take_the_batched_path(shelf: Path) -> None:
 
 
 def test_a_long_window_is_cut_into_blocks(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vistune.models.attention._QUERY_BLOCK_TOKENS", 3)
+    monkeypatch.setattr("vistune.models.attention.per_sample._QUERY_BLOCK_TOKENS", 3)
     model, facts = composed(shelf, text="gemma2")
     made = row(facts)
     for a, b in zip(one_by_one(model, made), packed_logits(model, made), strict=True):
