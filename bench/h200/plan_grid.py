@@ -33,8 +33,7 @@ from vistune.models.towers.families import plan_tower, tower_grid
 from vistune.models.tune import Tuning, apply_tuning
 from vistune.models.tune.quantize import quantize_frozen
 from vistune.parallel import SingleProcess
-from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
-from vistune.recipe.schema import ConnectorConfig
+from vistune.recipe import ConnectorConfig, ModelConfig, TrainConfig, TuneConfig
 from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.optim import build_optimizer
 from vistune.train.step import LossModule, backward_step

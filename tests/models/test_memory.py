@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from family_dirs import write_family
 from tiny_parts import composed, parts
 
+from vistune.checkpoint.layouts import describe_directory, load_directory
+from vistune.errors import ModelError
 from vistune.models.facts import describe
 from vistune.models.fused import layer as fused_layer
 from vistune.models.fused.install import install_fused
+from vistune.models.kept import peak_slope
 from vistune.models.memory import RowSize, frozen_bytes, memory_model
+from vistune.models.recompute import decoder_layers
 from vistune.models.tune import apply_tuning
-from vistune.recipe import TrainConfig, TuneConfig
+from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
 from vistune.recipe.sizes import optimizer_bytes
 
 STAGE1 = TuneConfig()
@@ -170,3 +175,59 @@ def test_compact_formats():
     assert frozen_bytes(weight, "int8") == 64 * 512 + 4 * 64
     assert frozen_bytes(weight, "nf4") == 64 * 256 + 512 + 8
     assert optimizer_bytes(512, "adamw") == 4096 and optimizer_bytes(512, "adamw_8bit") == 1040
+
+
+class Pair(torch.nn.Module):
+    """Two linear layers without biases, and a sine between them that keeps its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 16, bias=False)
+        self.second = torch.nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.sin(self.first(x)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_most_bytes_of_a_pass_by_hand(trained):
+    model = Pair().requires_grad_(trained)
+
+    def run(num_rows):
+        return model(torch.zeros(num_rows, 4, requires_grad=not trained))
+
+    found = peak_slope(model, run, dtype=torch.float32, at=(64, 128))
+    # Numbers of a row: the input 4, the inner values 16, the output 4 and its gradient 4; on the way
+    # back the sine's gradient 16, the cosine 16 and their product 16 exist at once. The sine itself
+    # is gone by then: what wanted it, if anything, has been computed.
+    assert found == 4 * (4 + 16 + 4 + 4 + 16 + 16 + 16)
+
+
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b", "mgm-2b-hd"])
+def test_families_are_planned(tmp_path, kind):
+    facts = describe_directory(write_family(kind, tmp_path / kind))
+    memory = memory_model(
+        ModelConfig(from_checkpoint=str(tmp_path / kind)),
+        facts,
+        tune=LORA,
+        train=TrainConfig(steps=1),
+        dtype=torch.float32,
+        fused=False,
+    )
+    model = load_directory(tmp_path / kind, facts, dtype=torch.float32)
+    apply_tuning(model, LORA, seed=0)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(b.weights for b in memory.roles.values()) == held
+    assert memory.num_layers == len(decoder_layers(model)) and not memory.fused
+    row = RowSize(65536, 1, 32, 65536)
+    again = [memory.predict(row, checkpoint_layers=n).peak for n in range(memory.num_layers + 1)]
+    assert again == sorted(again, reverse=True) and again[0] > again[-1] > held
+
+
+def test_a_model_that_cannot_be_planned_says_so(tmp_path):
+    config = parts(tmp_path)
+    facts = replace(describe(config), tower=None)
+    with pytest.raises(ModelError, match="cannot be predicted"):
+        memory_model(
+            config, facts, tune=LORA, train=TrainConfig(steps=1), dtype=torch.float32, fused=False
+        )

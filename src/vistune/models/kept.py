@@ -1,19 +1,26 @@
-"""Counts what autograd keeps of a forward pass, on tensors without storage: nothing is computed."""
+"""Counts what a pass keeps and what it needs at most, on tensors without storage.
+
+Nothing is computed: every operation only says which tensors it would make.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def kept_slope(
     model: nn.Module,
-    run: Callable[[int], object],
+    run: Callable[[int], Tensor],
     *,
     dtype: torch.dtype,
     at: tuple[int, int],
@@ -32,19 +39,38 @@ def kept_slope(
     return (many - few) / (at[1] - at[0])
 
 
+def peak_slope(
+    model: nn.Module,
+    run: Callable[[int], Tensor],
+    *,
+    dtype: torch.dtype,
+    at: tuple[int, int],
+) -> float:
+    """Counts the most bytes a pass and its backward pass hold at once, for each unit of size.
+
+    Args:
+        model: See `kept_bytes`.
+        run: See `kept_bytes`.
+        dtype: Format of the arithmetic.
+        at: Two sizes; large, or what weights cast on the way need hides what the units need.
+    """
+    few, many = (peak_bytes(model, run, size, dtype=dtype) for size in at)
+    return (many - few) / (at[1] - at[0])
+
+
 class _Run(nn.Module):
     """A function of a model as a module, so that the model's weights can be stood in for."""
 
-    def __init__(self, model: nn.Module, run: Callable[[int], object]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[int], Tensor]) -> None:
         super().__init__()
         self.model, self.run = model, run
 
-    def forward(self, size: int) -> object:
+    def forward(self, size: int) -> Tensor:
         return self.run(size)
 
 
 def kept_bytes(
-    model: nn.Module, run: Callable[[int], object], size: int, *, dtype: torch.dtype
+    model: nn.Module, run: Callable[[int], Tensor], size: int, *, dtype: torch.dtype
 ) -> int:
     """Counts the bytes autograd keeps in a forward pass, each storage once.
 
@@ -61,6 +87,74 @@ def kept_bytes(
         storages[storage._cdata] = storage
         return tensor
 
+    with _stood_in(model, run, dtype=dtype) as call:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = call(size)
+        total = sum(int(storage.nbytes()) for storage in storages.values())
+        del result
+    return total
+
+
+def peak_bytes(
+    model: nn.Module, run: Callable[[int], Tensor], size: int, *, dtype: torch.dtype
+) -> int:
+    """Counts the most bytes that exist at once in a forward pass and its backward pass.
+
+    Args:
+        model: See `kept_bytes`; gradients of its weights count too.
+        run: See `kept_bytes`; what it returns starts the backward pass, where it has a gradient.
+        size: The units.
+        dtype: Format of the arithmetic.
+    """
+    with _stood_in(model, run, dtype=dtype) as call, _LiveBytes() as live:
+        result = call(size)
+        if result.requires_grad:
+            result.backward(torch.empty_like(result))  # type: ignore[no-untyped-call]
+        most: int = live.most
+    return most
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows which storages exist, and remembers the most bytes they had at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._now = 0
+        self._alive: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor)
+        if self._now > self.most:
+            self._forget_the_dead()
+            self.most = max(self.most, self._now)
+        return result
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        known = self._alive.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            return
+        num_bytes = int(storage.nbytes())
+        self._now += num_bytes - (0 if known is None else known[1])
+        self._alive[storage._cdata] = (StorageWeakRef(storage), num_bytes)  # type: ignore[no-untyped-call]
+
+    def _forget_the_dead(self) -> None:
+        dead = [key for key, (reference, _) in self._alive.items() if reference.expired()]
+        for key in dead:
+            self._now -= self._alive.pop(key)[1]
+
+
+@contextmanager
+def _stood_in(
+    model: nn.Module, run: Callable[[int], Tensor], *, dtype: torch.dtype
+) -> Iterator[Callable[[int], Tensor]]:
+    """Gives the function of a model whose weights are tensors without storage."""
     half = dtype is torch.bfloat16
     wrapped = _Run(model, run)
     with FakeTensorMode():
@@ -71,12 +165,11 @@ def kept_bytes(
             )
             for name, t in named
         }
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
-            torch.enable_grad(),
-        ):
-            result = functional_call(wrapped, tensors, (size,))
-        total = sum(int(storage.nbytes()) for storage in storages.values())
-        del result
-    return total
+
+        def call(size: int) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                out: Tensor = functional_call(wrapped, tensors, (size,))
+            return out
+
+        with torch.enable_grad():
+            yield call

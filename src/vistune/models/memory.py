@@ -19,18 +19,25 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistune import _compat
-from vistune.errors import ModelError
 from vistune.models.anyres import tiles_of
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
 from vistune.models.fused.trunk import why_not_fusable
-from vistune.models.kept import kept_slope
+from vistune.models.kept import kept_slope, peak_slope
+from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.offload import IN_FLIGHT
+from vistune.models.probes import (
+    PlannedModel,
+    attention_bytes,
+    decoder_probe,
+    family_skeleton,
+    image_probe,
+    repeated_bytes,
+)
 from vistune.models.recompute import decoder_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
@@ -45,7 +52,8 @@ WORKSPACE_BYTES = 96 * 2**20
 """Scratch memory of matrix libraries, held in the same pool."""
 _LOGIT_BYTES = 12  # log-probabilities, their gradient and the logits' gradient, fp32 each
 _PROBE_TOKENS = (64, 128)
-_PROBE = "vistune_probe"
+_PEAK_TOKENS = (2048, 4096)
+_PROBE_IMAGES = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -233,19 +241,17 @@ def memory_model(
     with torch.device("meta"):
         model = skeleton(parts, facts).to(dtype)
         apply_tuning(model, tune, seed=0)
-    decoder = _compat.decoder_of(model.language_model)
-    fused = fused and not _is_quantised(tune) and why_not_fusable(decoder) is None
+    fused = fused and not _is_quantised(tune) and _has_fused_form(model)
     layers = decoder_layers(model)
     work = work_of(model, tune)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype)
+    roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype, fused=fused)
     if fused:
         decoder_bytes = _fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
     else:
         decoder_bytes = _counted_bytes(model, layers, tune=tune, dtype=dtype)
     image_kept, image_passing = _image_bytes(model, dtype=dtype)
-    width = int(facts.text_config.hidden_size)
-    head = model.get_output_embeddings()
+    width = _width(model)
     return MemoryModel(
         roles=roles,
         num_layers=len(layers),
@@ -256,7 +262,7 @@ def memory_model(
         image_kept=image_kept,
         image_passing=image_passing,
         hidden_target=width * (dtype.itemsize * 2 + 4 + 4),
-        vocabulary_size=int(head.weight.shape[0]),
+        vocabulary_size=int(model.config.get_text_config().vocab_size),
         fused=fused,
         work=work,
         visiting=visiting_optimizer_bytes(sum(trained), train),
@@ -264,14 +270,18 @@ def memory_model(
     )
 
 
-def skeleton(parts: ModelConfig, facts: ModelFacts) -> ComposedVLM:
-    """Builds a composed model of the described parts; call it where tensors have no storage."""
-    if facts.tower is None or facts.text_config is None:
-        raise ModelError(
-            "only models made of tower, connector and language model can be planned",
-            where="model",
-            fix="set batch.max_tokens and train.checkpoint_layers to numbers",
-        )
+def skeleton(parts: ModelConfig, facts: ModelFacts) -> PlannedModel:
+    """Builds a model of the described parts; call it where tensors have no storage.
+
+    Args:
+        parts: Its parts.
+        facts: What is known of them.
+
+    Raises:
+        ModelError: Models of this kind cannot be planned.
+    """
+    if facts.tower is None:
+        return family_skeleton(facts.whole_config)
     config = ComposedConfig.compose(
         vision_config=facts.vision_config,
         text_config=facts.text_config,
@@ -285,17 +295,24 @@ def skeleton(parts: ModelConfig, facts: ModelFacts) -> ComposedVLM:
     return ComposedVLM(config)
 
 
+def _has_fused_form(model: PlannedModel) -> bool:
+    if not isinstance(model, ComposedVLM | MGMForConditionalGeneration):
+        return False
+    return why_not_fusable(_compat.decoder_of(model.language_model)) is None
+
+
 def _is_quantised(tune: TuneConfig) -> bool:
     return tune.language.mode != "full" and tune.language.frozen_format in ("int8", "nf4")
 
 
 def _role_bytes(
-    model: ComposedVLM,
+    model: PlannedModel,
     layers: Sequence[nn.Module],
     *,
     tune: TuneConfig,
     train: TrainConfig,
     dtype: torch.dtype,
+    fused: bool,
 ) -> dict[RoleName, RoleBytes]:
     """Adds up parameters by role, each counted as it will be held."""
     compact = {
@@ -304,6 +321,10 @@ def _role_bytes(
         for m in layer.modules()
         if isinstance(m, nn.Linear) and not m.weight.requires_grad
     }
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    # A table is looked up in its own format, unless the head multiplies by it.
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     frozen_format = "same" if tune.language.mode == "full" else tune.language.frozen_format
     found = {role: RoleBytes() for role in ROLES}
     for name, parameter in model.named_parameters():
@@ -315,15 +336,24 @@ def _role_bytes(
                 held = frozen_bytes(parameter, frozen_format)
             found[role] = replace(before, weights=before.weights + held)
             continue
-        cast = count * dtype.itemsize if dtype is not torch.float32 and parameter.dim() > 1 else 0
-        # The fused layers cast adapters on the way and keep none of it.
-        cast = 0 if ".lora_" in name and role == "language" else cast
+        is_cast = dtype is not torch.float32 and parameter.dim() > 1 and id(parameter) not in tables
+        # The fused layers cast trained weights and adapters on the way and keep none of it.
+        is_cast = is_cast and not (fused and id(parameter) in inside)
+        cast = count * dtype.itemsize if is_cast else 0
         found[role] = RoleBytes(
             before.weights + 4 * count,
             before.gradients + 4 * count,
             before.optimizer + resident_optimizer_bytes(count, train),
             before.casts + cast,
         )
+    if fused and tune.language.mode == "full":
+        # The gradients of the last layer exist while all activations still do, and beside them
+        # one projection's weights in the format of the arithmetic.
+        linear = [m.weight.numel() for m in layers[-1].modules() if isinstance(m, nn.Linear)]
+        passing = 4 * sum(p.numel() for p in layers[-1].parameters())
+        passing += 2 * max(linear) * dtype.itemsize if dtype is not torch.float32 else 0
+        language = found["language"]
+        found["language"] = replace(language, casts=language.casts + passing)
     if frozen_format == "fp8":
         # The last layer's query and key-value projections stand apart: their transposed layout is
         # a copy.
@@ -379,14 +409,20 @@ def _fused_bytes(
         if isinstance(part, nn.Linear) and ".lora_A" in name
     )
     rstd, lse = 4, 4 * heads
-    repeated = _repeated_bytes(config, dtype=dtype)
+    repeated = repeated_bytes(config, dtype=dtype)
     mlp = b * (width + 2 * inner) + rstd  # h, gate_up
-    # x, q k v, attended; and key heads once for each query head where the kernel wants them so
+    names = {name for name, _ in layer.named_children()}
+    sandwich = 2 * (b * width + 4) if "post_feedforward_layernorm" in names else 0
+    raw = b * (query + key_value) if hasattr(layer.self_attn, "q_norm") else 0
+    # x, q k v, attended; heads before their norms, results before theirs; and key heads once for
+    # each query head where the kernel wants them so
     kept = b * (width + 2 * query + key_value + ranks) + repeated + rstd + lse + mlp
+    kept += sandwich + raw
+    full = tune.language.mode == "full"
     fp8 = tune.language.mode != "full" and tune.language.frozen_format == "fp8"
     # Backward through the MLP: gradient of the output, of the active inner values, and where they
     # are wanted, those values again and the FP8 form of the gradient of gate and up.
-    through_mlp = b * (width + inner + (inner if ranks else 0)) + (2 * inner if fp8 else 0)
+    through_mlp = b * (width + inner + (inner if ranks or full else 0)) + (2 * inner if fp8 else 0)
     # Through attention: three gradients of the row's width, those of q, k, v, and the flash
     # kernel's fp32 sums for q.
     through_attention = b * (3 * width + query + key_value) + repeated + 4 * query + 2 * lse
@@ -394,86 +430,44 @@ def _fused_bytes(
         layer=LayerBytes(kept, b * width, max(through_mlp, through_attention)),
         tail_kept=b * (width + key_value) + repeated + rstd,
         tail_kept_target=b * (width + 2 * query + ranks) + rstd + lse + mlp,
-        # ids and positions (8 each), cos and sin, the mask of image tokens and their places
-        row=16 + 2 * head_width * b + 9,
+        # ids and positions (8 each), cos and sin (as wide as the embeddings' numbers), the mask of
+        # image tokens and their places
+        row=16 + 2 * head_width * (4 if full else b) + 9,
     )
 
 
-def _repeated_bytes(config: Any, *, dtype: torch.dtype) -> int:
-    """Bytes for each token of keys and values repeated for every query head, where they are."""
-    heads = int(config.num_attention_heads)
-    grouped = int(getattr(config, "num_key_value_heads", None) or heads) < heads
-    if not grouped or dtype is torch.float32 or not _compat.varlen_repeats_groups():
-        return 0
-    head_width = int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
-    return 2 * dtype.itemsize * heads * head_width
-
-
 def _counted_bytes(
-    model: ComposedVLM, layers: Sequence[nn.Module], *, tune: TuneConfig, dtype: torch.dtype
+    model: PlannedModel, layers: Sequence[nn.Module], *, tune: TuneConfig, dtype: torch.dtype
 ) -> _Decoder:
-    """Counts what autograd keeps of the decoder as transformers wrote it."""
-    config: Any = _compat.decoder_of(model.language_model).config
-    width = int(config.hidden_size)
+    """Counts what autograd keeps of the decoder as it was written, and makes on its way back."""
+    width = _width(model)
     model.train()
     below = tune.connector.mode == "full" or tune.vision.mode != "freeze"
     stream = torch.float32 if tune.language.mode == "full" else dtype
-
-    # Transformers takes tensors without storage for a trace and would make a T x T mask.
-    _compat.register_attention(_PROBE, _causal_attention)
-    config._attn_implementation = _PROBE
-
-    def run(num_tokens: int) -> object:
-        embeds = torch.zeros(1, num_tokens, width, dtype=stream, requires_grad=below)
-        positions = torch.arange(num_tokens)[None]
-        return _compat.decoder_of(model.language_model)(
-            inputs_embeds=embeds, attention_mask=None, position_ids=positions, use_cache=False
-        )
-
-    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_TOKENS) / len(layers)
-    kept += _repeated_bytes(config, dtype=dtype)
-    inner = int(getattr(config, "intermediate_size", 4 * width))
+    run = decoder_probe(model, stream=stream, below=below)
+    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_TOKENS)
+    most = peak_slope(model, run, dtype=dtype, at=_PEAK_TOKENS)
+    each = kept / len(layers) + attention_bytes(model, dtype=dtype)
     wide = stream.itemsize
-    backward = dtype.itemsize * 3 * inner + wide * 3 * width
     return _Decoder(
-        layer=LayerBytes(kept, wide * width, backward),
-        tail_kept=kept,
+        layer=LayerBytes(each, wide * width, max(0.0, most - kept)),
+        tail_kept=each,
         tail_kept_target=0.0,
         row=16 + 9 + wide * width,
     )
 
 
-def _causal_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one sample, which keeps what the packed kernels keep: q, k, v, sums, result."""
-    out = F.scaled_dot_product_attention(
-        query, key, value,
-        is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
+def _width(model: PlannedModel) -> int:
+    return int(model.config.get_text_config().hidden_size)
 
 
-def _image_bytes(model: ComposedVLM, *, dtype: torch.dtype) -> tuple[float, float]:
-    """Returns what one image keeps (pixels included) and makes on its way through a tower."""
+def _image_bytes(model: PlannedModel, *, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns what one image keeps (pixels included) and needs beside it on its way."""
     grid = model.grid
     side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
-    pixel_bytes = 4 * 3 * side * side
-
-    def run(num_images: int) -> object:
-        return model.image_features(torch.zeros(num_images, 3, side, side))
-
-    kept = kept_slope(model, run, dtype=dtype, at=(1, 2))
-    positions = (side // grid.patch_px) ** 2 + 1
-    config = model.config.vision_config
-    width = int(getattr(config, "hidden_size", 1024))
-    inner = int(getattr(config, "intermediate_size", 4 * width))
-    passing = positions * dtype.itemsize * (4 * width + 3 * inner)
-    return pixel_bytes + kept, passing
+    model.train()
+    run = image_probe(model, side)
+    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_IMAGES)
+    most = peak_slope(model, run, dtype=dtype, at=_PROBE_IMAGES)
+    # The row's pixels; where autograd keeps them as they are they count twice, a thousandth.
+    return 4 * 3 * side * side + kept, max(0.0, most - kept)
