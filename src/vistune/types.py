@@ -168,6 +168,7 @@ class EncodedSample:
         num_image_tokens: Tokens that stand for images, marks around and between them included.
         image_shapes: Of each image, by an image layout; empty without one.
         position_ids: int64 [A, T] where an image layout counts positions in its own way.
+        prompt_tokens: Tokens in front of the first target, where the model reads prompts both ways.
     """
 
     id: str
@@ -178,6 +179,7 @@ class EncodedSample:
     num_image_tokens: int = 0
     image_shapes: tuple[ImageShape, ...] = ()
     position_ids: npt.NDArray[np.int64] | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -230,6 +232,8 @@ class Batch:
         rejected: Samples planned for this row that could not be read.
         read_s: Seconds the worker spent making this row.
         image_shapes: Of each image, by an image layout; empty without one.
+        prompt_lengths: Tokens of each sample's prompt, where the model reads prompts both ways;
+            empty otherwise.
     """
 
     input_ids_BT: torch.Tensor
@@ -246,6 +250,7 @@ class Batch:
     rejected: tuple[Rejected, ...] = ()
     read_s: float = 0.0
     image_shapes: tuple[ImageShape, ...] = ()
+    prompt_lengths: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -290,6 +295,8 @@ class Batch:
         }
         if self.image_shapes:
             inputs["image_shapes"] = self.image_shapes
+        if self.prompt_lengths:
+            inputs["prompt_lengths"] = self.prompt_lengths
         return inputs
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:

@@ -55,6 +55,7 @@ def pack_row(
         rejected=tuple(rejected),
         read_s=read_s,
         image_shapes=tuple(shape for sample in samples for shape in sample.image_shapes),
+        prompt_lengths=tuple(s.prompt_tokens for s in samples if s.prompt_tokens is not None),
     )
 
 

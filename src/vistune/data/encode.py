@@ -159,6 +159,7 @@ class Encoder:
             target_mask=tokens.mask,
             pixel_values=self._inputs(images, tokens) if with_pixels else [],
             num_image_tokens=tokens.num_image_tokens,
+            prompt_tokens=int(tokens.mask.argmax()) if self.template.both_ways else None,
             **self._told(tokens, [_scaled_size(size, tokens.image_scale) for size in sizes]),
         )
 
@@ -304,6 +305,7 @@ class Encoder:
             target_mask=np.zeros(tokens.ids.size, dtype=np.bool_),
             pixel_values=self._inputs(loaded, tokens),
             num_image_tokens=tokens.num_image_tokens,
+            prompt_tokens=int(tokens.ids.size) if self.template.both_ways else None,
             **self._told(tokens, sizes),
         )
 

@@ -265,7 +265,7 @@ def _steps(
     pixel_values = None if pixel_values is None else pixel_values.to(device)
     shapes = tuple(shape for sample in encoded for shape in sample.image_shapes)
     inputs: dict[str, Any] = {"pixel_values": pixel_values}
-    if shapes:
+    if shapes or encoder.template.both_ways:
         inputs = cast(LaidOutModel, model).generation_inputs(
             input_ids_BT=ids_BT, pixel_values=pixel_values, image_shapes=shapes
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from ahead_kinds import AHEAD_KINDS
 from tile_kinds import TILE_KINDS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -327,5 +328,5 @@ KINDS: dict[str, Kind] = {
         ),
         model_class="Glm4vForConditionalGeneration",
     ),
-    **{name: Kind(**values) for name, values in TILE_KINDS.items()},
+    **{name: Kind(**values) for name, values in (TILE_KINDS | AHEAD_KINDS).items()},
 }

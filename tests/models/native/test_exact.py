@@ -57,6 +57,8 @@ def conversation(encoder: Any) -> EncodedSample:
         Turn("user", ("and ", 1, " then?")),
         Turn("assistant", ("another",)),
     ]
+    if encoder.template.both_ways:  # takes one prompt
+        turns = [Turn("user", (0, "what? ", 1, " and then?")), Turn("assistant", ("another",))]
     return encoded(encoder, turns, [(50, 90), (33, 40)])
 
 
@@ -76,6 +78,8 @@ def theirs(loaded: Assembled, folder: Path, sample: EncodedSample) -> tuple[Any,
         pixels = torch.from_numpy(np.concatenate(sample.pixel_values))
         inputs |= model.family.image_inputs(pixels, sample.image_shapes)
         inputs |= model.family.text_inputs(ids, model.image_token_id)
+    if sample.prompt_tokens is not None:
+        inputs["token_type_ids"] = (torch.arange(ids.shape[1])[None] >= sample.prompt_tokens).long()
     inner = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

@@ -161,6 +161,7 @@ def _without_cache(model: Any, encoder: Any, prompt: EncodedSample, number: int)
                     pixel_values=prompt.pixel_values,
                     image_shapes=shapes,
                     position_ids=encoder.layout.positions(whole, shapes),
+                    prompt_tokens=prompt.prompt_tokens,
                 )
             ]
         )

@@ -8,6 +8,7 @@ from vistune.data.template.base import ChatTemplate, Segment, Stretch
 from vistune.data.template.glm import GlmTemplate
 from vistune.data.template.jinja import JinjaTemplate, template_of
 from vistune.data.template.pieces import PieceTemplate
+from vistune.data.template.prefix import PrefixTemplate
 from vistune.data.template.question import QuestionTemplate
 from vistune.data.template.table import TEMPLATES
 from vistune.errors import TemplateError
@@ -18,6 +19,7 @@ __all__ = [
     "GlmTemplate",
     "JinjaTemplate",
     "PieceTemplate",
+    "PrefixTemplate",
     "QuestionTemplate",
     "Segment",
     "Stretch",
@@ -31,6 +33,7 @@ _KINDS: dict[str, type[ChatTemplate]] = {
     "jinja": JinjaTemplate,
     "question": QuestionTemplate,
     "glm": GlmTemplate,
+    "prefix": PrefixTemplate,
 }
 
 

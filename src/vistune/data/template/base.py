@@ -69,6 +69,8 @@ class ChatTemplate(Section):
     add_bos: bool = True
     """Whether the tokenizer's own leading tokens (its begin-of-text, if it adds one) are put in
     front. False where the template writes them itself."""
+    both_ways: bool = False
+    """Whether the model reads all that stands in front of an answer both ways, as a prefix."""
 
     @abstractmethod
     def segments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vistune.data.template.base import ChatTemplate
 from vistune.data.template.glm import visualglm_template
 from vistune.data.template.pieces import PieceTemplate
+from vistune.data.template.prefix import paligemma_template
 from vistune.data.template.question import cogvlm2_template
 from vistune.registry import Registry
 
@@ -131,5 +132,6 @@ for _template in (
     cogvlm2_template("base"),
     visualglm_template("zh"),
     visualglm_template("en"),
+    paligemma_template(),
 ):
     TEMPLATES.register(_template.name)(_template)

@@ -1,5 +1,11 @@
 """Attention over packed rows: one interface, several ways of computing it, chosen by name."""
 
+from vistune.models.attention.ahead import (
+    ahead_mask,
+    reach_of_prefixes,
+    reach_of_runs,
+    register_ahead_attention,
+)
 from vistune.models.attention.auto import AUTO, attend_packed, attend_tail, backend_of
 from vistune.models.attention.contract import Backend, Packing, Scoring
 from vistune.models.attention.interface import (
@@ -15,10 +21,14 @@ __all__ = [
     "Backend",
     "Packing",
     "Scoring",
+    "ahead_mask",
     "attend_packed",
     "attend_tail",
     "backend_of",
     "packed_attention",
     "packing_mask",
+    "reach_of_prefixes",
+    "reach_of_runs",
+    "register_ahead_attention",
     "register_packed_attention",
 ]

@@ -129,7 +129,7 @@ def packed_attention(
     Raises:
         ModelError: The decoder asks for something a packed row cannot do.
     """
-    _refuse_unknown(module, kwargs)
+    refuse_unknown(module, kwargs)
     if attention_mask is None or attention_mask.dtype is not torch.int32:
         scoring = Scoring(scaling, None, softcap, dropout)
         return _plain(module, query, key, value, attention_mask, scoring, is_causal), None
@@ -152,7 +152,16 @@ def packed_attention(
     return out_THD.unsqueeze(0), None
 
 
-def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses what a decoder passes along that would change the result of attention.
+
+    Args:
+        module: The attention module that asks.
+        kwargs: What it passes beside the arguments that are known.
+
+    Raises:
+        ModelError: There is such a thing.
+    """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
     if unknown:
         raise ModelError(
@@ -192,7 +201,7 @@ def row_attention(
     Returns:
         [N, P, H, D], and None in place of the weights.
     """
-    _refuse_unknown(module, kwargs)
+    refuse_unknown(module, kwargs)
     one_way = bool(is_causal) or (is_causal is None and bool(getattr(module, "is_causal", False)))
     if attention_mask is not None or one_way:
         scoring = Scoring(scaling, None, None, dropout)

@@ -44,7 +44,7 @@ class PerSample:
         if plain and len(set(keys)) == 1 and queries == keys:
             return _equal(query, key, value, len(keys), packing.causal, scoring)
         parts = [
-            _one_sample(*part, causal=packing.causal, scoring=scoring)
+            one_sample(*part, causal=packing.causal, scoring=scoring)
             for part in zip(
                 torch.split(query, queries, dim=2),
                 torch.split(key, keys, dim=2),
@@ -84,10 +84,21 @@ def _equal(
     return out.transpose(1, 2).reshape(-1, heads, value.shape[-1])
 
 
-def _one_sample(
+def one_sample(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scoring: Scoring
 ) -> Tensor:
-    """Attention of (the end of) one sample: [1, H, U, D] over [1, H, L, D] -> [1, H, U, D]."""
+    """Attention of (the end of) one sample.
+
+    Args:
+        query: [1, H, U, D].
+        key: [1, H, L, D].
+        value: [1, H, L, D].
+        causal: Whether a position sees only itself and what is before it.
+        scoring: How scores become weights.
+
+    Returns:
+        [1, H, U, D].
+    """
     num_queries, length = query.shape[2], key.shape[2]
     if num_queries == 0:
         return query
