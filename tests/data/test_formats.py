@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import pickle
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,7 @@ IMAGE_PART = {"type": "image", "image": "0.jpg"}
 TEXT_PART = {"type": "text", "text": "Who is it?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
 
+DJ, EOC = "<__dj__image>", "<|__dj__eoc|>"
 GOLDEN: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     ("llava", {"image": "0.jpg", "conversations": talk("<image>\nWho is it?", "A cat.")}, ASKED),
     (
@@ -146,6 +148,32 @@ GOLDEN: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         },
         ASKED,
     ),
+    (  # an interleaved document
+        "data_juicer",
+        {
+            "images": ["0.jpg", "0.jpg", "0.jpg"],
+            "text": f"{DJ}\na cat {EOC} which sleeps {EOC} {DJ}{EOC} {DJ}\ntwo dogs {EOC}",
+        },
+        [
+            ("user", "{0}"),
+            ("assistant", "a cat\n\nwhich sleeps"),
+            ("user", "{1}{2}"),
+            ("assistant", "two dogs"),
+        ],
+    ),
+    (
+        "data_juicer",
+        {"text": f"one {EOC} two {EOC}"},
+        [("user", ""), ("assistant", "one\n\ntwo")],
+    ),
+    (  # a conversation, a chunk a round
+        "data_juicer",
+        {
+            "images": ["0.jpg"],
+            "text": f"[[human]]: {DJ}\nWho? [[gpt]]: A cat. {EOC} [[human]]: Sure? [[gpt]]: Yes.",
+        },
+        [("user", "{0}\nWho?"), ("assistant", "A cat."), ("user", "Sure?"), ("assistant", "Yes.")],
+    ),
 ]
 
 
@@ -155,7 +183,7 @@ def test_golden_rows(
 ) -> None:
     sample = read(tmp_path, format, row)
     assert shown(sample) == expected
-    names = ["0.jpg"] if "{0}" in str(expected) else []
+    names = ["0.jpg"] * len(re.findall(r"\{\d\}", str(expected)))
     assert [image.name for image in sample.images] == names
 
 
@@ -240,7 +268,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": "a", "output": "b", "history": "x"}, "no_conversation"),
     ("visualglm", {"img": 3, "prompt": "a", "label": "b"}, "bad_image_name"),
     ("visualglm", {"img": "0.jpg", "prompt": "a <image>", "label": "b"}, "image_count_mismatch"),
-    ("data_juicer", {"text": "a <|__dj__eoc|> b <|__dj__eoc|>"}, "several_chunks"),
+    (
+        "data_juicer",
+        {"images": ["0.jpg", "1.jpg"], "text": f"{DJ} a {EOC} {DJ} {EOC}"},
+        "empty_answer",
+    ),
+    ("data_juicer", {"images": ["0.jpg"], "text": f"{DJ} a {EOC} {DJ} b"}, "image_count_mismatch"),
     ("data_juicer", {"text": "<|__dj__eoc|>"}, "empty_conversation"),
     ("data_juicer", {"images": ["0.jpg"], "text": "<__dj__image>"}, "empty_answer"),
     ("data_juicer", {"images": ["/e/0.jpg"], "text": "<image> a"}, "image_outside_folder"),

@@ -3,10 +3,14 @@ r"""Data-Juicer's format: text with marks for images and ends of chunks.
     {"id": "002375592", "images": ["images/00237/002375592.jpg"],
      "text": "<__dj__image>\na cat on a mat <|__dj__eoc|>"}
 
-A caption becomes the answer to a bare image. Text with `[[human]]:` and `[[gpt]]:` is a
-conversation. `<image>` is read as an image mark as well. Image paths may be absolute, as
-Data-Juicer writes them, if they lie inside the image folder. Statistics are ignored. Text of
-several chunks is refused: one row holds one conversation.
+A caption becomes the answer to a bare image. `<image>` is read as an image mark as well. Image
+paths may be absolute, as Data-Juicer writes them, if they lie inside the image folder. Statistics
+are ignored. Text of several chunks is one document, the n-th mark standing for the n-th image:
+
+- Text with `[[human]]:` and `[[gpt]]:` is a conversation; a chunk is a part of it.
+- Otherwise every chunk with images is a round: its images are asked, its text is answered. A chunk
+  without images is one more paragraph of the answer before it; images without text belong to the
+  next chunk.
 """
 
 from __future__ import annotations
@@ -28,22 +32,29 @@ _SAID_BY = re.compile(r"\[\[(human|gpt|system)\]\]:[ \t]*")
 def interpret(row: dict[str, Any]) -> RowContent:
     """Returns what a row means. See the module for the rules."""
     images = image_names(row.get("images"), key="images")
-    chunks = [chunk.strip() for chunk in text_of(row, "text").split(_END) if chunk.strip()]
-    if len(chunks) != 1:
-        raise RowError(
-            f"the text has {len(chunks)} chunks",
-            reason="several_chunks" if chunks else "empty_conversation",
-            expected="one",
-            fix="write one row for every chunk",
-        )
-    text = chunks[0].replace(_IMAGE, IMAGE_MARK)
-    turns = _conversation(text) if _SAID_BY.search(text) else _caption(text)
+    text = text_of(row, "text").replace(_IMAGE, IMAGE_MARK)
+    chunks = [chunk.strip() for chunk in text.split(_END) if chunk.strip()]
+    if not chunks:
+        raise RowError("the text is empty", reason="empty_conversation", fix="drop the row")
+    whole = "\n".join(chunks)
+    turns = _conversation(whole) if _SAID_BY.search(whole) else _document(chunks)
     return RowContent(turns=turns, images=images, id=row.get("id"))
 
 
-def _caption(text: str) -> list[tuple[Speaker, str]]:
-    caption = text.replace(IMAGE_MARK, "").strip()
-    return [("user", IMAGE_MARK * text.count(IMAGE_MARK)), ("assistant", caption)]
+def _document(chunks: Sequence[str]) -> list[tuple[Speaker, str]]:
+    turns: list[tuple[Speaker, str]] = []
+    waiting = 0  # images that no text has followed yet
+    for chunk in chunks:
+        waiting += chunk.count(IMAGE_MARK)
+        text = chunk.replace(IMAGE_MARK, "").strip()
+        if text and turns and not waiting:
+            turns[-1] = ("assistant", f"{turns[-1][1]}\n\n{text}")
+        elif text:
+            turns += [("user", IMAGE_MARK * waiting), ("assistant", text)]
+            waiting = 0
+    if waiting:
+        turns += [("user", IMAGE_MARK * waiting), ("assistant", "")]
+    return turns
 
 
 def _conversation(text: str) -> list[tuple[Speaker, str]]:
