@@ -237,9 +237,18 @@ def test_forms_that_a_family_has_not(shelf: Path, tmp_path: Path) -> None:
             export_model(shelf / "mgm-2b", to=form, output=tmp_path / form)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="only VisualGLM"):
         export_model(shelf / "mgm-2b", to="sat", output=tmp_path / "sat")
-    fused = recipe(shelf, shelf / "mgm-2b", tmp_path / "run", TUNES["lora"], train={"fused": "on"})
+
+
+def test_fused_layers_of_families(shelf: Path, tmp_path: Path) -> None:
+    fused = {"fused": "on"}
+    train(
+        recipe(shelf, shelf / "mgm-2b", tmp_path / "run", TUNES["lora"], train=fused), console=QUIET
+    )
     with pytest.raises(ModelError, match="no fused form"):
-        train(fused, console=QUIET)
+        train(
+            recipe(shelf, shelf / "cogvlm2", tmp_path / "other", TUNES["lora"], train=fused),
+            console=QUIET,
+        )
 
 
 def test_a_tokenizer_of_another_release_is_refused(shelf: Path, tmp_path: Path) -> None:

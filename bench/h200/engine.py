@@ -175,14 +175,13 @@ def cost_of(folder: Path, row: str, size: str) -> Any:
 def padded_model(folder: Path, row: str, size: str) -> tuple[Any, list[Any]]:
     """Returns transformers' LLaVA as a baseline trains it, and its trained parameters."""
     import torch
-    from make import SIZES
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from make import text_config
+    from transformers import CLIPVisionConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
     full = row == "stage2-full-padded"
     vision = CLIPVisionConfig.from_pretrained(folder / "tower")
-    heads = {"tiny": 8, "7b": 32, "13b": 40}[size]
-    text = LlamaConfig(**SIZES[size], num_attention_heads=heads, vocab_size=32064)
+    text = text_config(size, vocab_size=32064)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
     torch.set_default_dtype(torch.float32 if full else torch.bfloat16)
     with torch.device("cuda"):

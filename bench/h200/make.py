@@ -1,10 +1,11 @@
 """Makes models and datasets of the real size from random numbers: nothing is downloaded.
 
-    python bench/h200/make.py FOLDER --tokenizer DIR [--size 7b|13b]
+    python bench/h200/make.py FOLDER --tokenizer DIR [--size 7b|13b|gemma-2b]
 
-Writes FOLDER/tower (CLIP-L/14 at 336 px), FOLDER/llm-SIZE (Llama), FOLDER/images and the datasets
-FOLDER/stage1.json and FOLDER/stage2.json with the length distributions that bench/README.md states.
-The tokenizer directory has to hold a Llama-2 tokenizer (tokenizer.json, tokenizer_config.json).
+Writes FOLDER/tower (CLIP-L/14 at 336 px), FOLDER/llm-SIZE (Llama or Gemma), FOLDER/images and the
+datasets FOLDER/stage1.json and FOLDER/stage2.json with the length distributions that
+bench/README.md states. The tokenizer directory has to hold a Llama-2 tokenizer (tokenizer.json,
+tokenizer_config.json).
 """
 
 from __future__ import annotations
@@ -12,28 +13,46 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "7b-8": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
+    "gemma-2b": {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18},
 }
+HEADS = {"tiny": 8, "7b": 32, "7b-8": 32, "13b": 40, "gemma-2b": 8}
 NUM_IMAGES = 256
 
 
-def save_random(model_class: type, config: object, folder: Path, device: str) -> None:
+def text_config(size: str, *, vocab_size: int = 32000) -> PreTrainedConfig:
+    """Returns the config of a language model of a public size."""
+    shape = {**SIZES[size], "num_attention_heads": HEADS[size], "max_position_embeddings": 4096}
+    if size.startswith("gemma"):
+        return GemmaConfig(**shape, num_key_value_heads=1, head_dim=256, vocab_size=256000)
+    return LlamaConfig(**shape, vocab_size=vocab_size)
+
+
+def save_random(build: Callable[..., object], config: object, folder: Path, device: str) -> None:
     """Writes a model's weights: normal(0, 0.02) matrices, unit norms, zero biases, in bf16."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = model_class(config)
+        model = build(config)
     generator = torch.Generator(device).manual_seed(0)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -74,12 +93,8 @@ def make_tower(folder: Path, device: str) -> None:
 
 
 def make_language_model(folder: Path, size: str, tokenizer: Path, device: str) -> None:
-    """Writes a Llama of a public size with the tokenizer beside it."""
-    heads = {"tiny": 8, "7b": 32, "7b-8": 32, "13b": 40}[size]
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, vocab_size=32000, max_position_embeddings=4096
-    )
-    save_random(LlamaForCausalLM, config, folder, device)
+    """Writes a language model of a public size with the tokenizer beside it."""
+    save_random(AutoModelForCausalLM.from_config, text_config(size), folder, device)
     for file in tokenizer.iterdir():
         shutil.copy(file, folder / file.name)
 

@@ -321,12 +321,13 @@ def test_changed_parts_are_refused_on_resume(tiny, tmp_path):
         train(run_recipe, resume=True, console=QUIET)
 
 
-@pytest.mark.parametrize("tune", ["freeze", "lora"])
+@pytest.mark.parametrize("tune", ["freeze", "lora", "full"])
 def test_fused_layers_learn_the_same(tiny, tmp_path, tune):
-    language = {"mode": "freeze"}
+    language = {"mode": tune}
     if tune == "lora":
-        language = {"mode": "lora", "rank": 4, "alpha": 8}
-    tuned = {"connector": FULL, "language": language, "head": {"mode": "freeze"}}
+        language |= {"rank": 4, "alpha": 8}
+    head = {"mode": "full" if tune == "full" else "freeze"}
+    tuned = {"connector": FULL, "language": language, "head": head}
     for name in ("off", "on"):
         stage = resolved(tiny, tmp_path / name, tune=tuned, train={"fused": name})
         train(stage, console=QUIET)
@@ -335,6 +336,14 @@ def test_fused_layers_learn_the_same(tiny, tmp_path, tune):
         assert fused == pytest.approx(plain, rel=1e-5)
 
 
-def test_fused_layers_are_refused_where_base_weights_train(tiny, tmp_path):
-    with pytest.raises(ModelError, match="cannot run fused: base weights train"):
-        train(resolved(tiny, tmp_path / "a", train={"fused": "on"}), console=QUIET)
+def test_a_fused_full_run_resumes_where_it_was(tiny, tmp_path):
+    tuned = {"connector": FULL, "language": FULL, "head": FULL}
+    train(resolved(tiny, tmp_path / "whole", tune=tuned, train={"fused": "on"}), console=QUIET)
+    parts = resolved(
+        tiny, tmp_path / "parts", tune=tuned, train={"fused": "on"}, save={"every_steps": 3}
+    )
+    result = train(parts, console=QUIET)
+    (result.checkpoint / "COMPLETE").unlink()
+    train(parts, resume=True, console=QUIET)
+    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert again[-3:] == whole[-3:]
