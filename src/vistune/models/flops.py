@@ -256,12 +256,14 @@ def work_of(model: nn.Module, tune: TuneConfig) -> ModelWork | None:
 
     Returns:
         None for a model whose cost does not follow from its linear layers alone (several towers,
-        experts, query transformers): it is then not known rather than guessed.
+        experts, recurrent layers, query transformers): it is then not known rather than guessed.
     """
     if not isinstance(model, (ComposedVLM, NativeVLM)):
         return None
     layers = decoder_layers(model)
     if not layers or any(_has_other_products(layer) for layer in layers):
+        return None
+    if isinstance(model, NativeVLM) and model.family.is_recurrent:
         return None
     if isinstance(model, NativeVLM):
         tower: TowerWork | PatchTower | None = patch_tower(model)

@@ -34,8 +34,8 @@ TUNES: dict[str, dict[str, Any]] = {
     },
     "full": {role: {"mode": "full"} for role in ("vision", "connector", "language")},
 }
-UNKNOWN = {"qwen3_vl_moe"}
-"""Experts are no linear layers: what they cost is not known."""
+UNKNOWN = {"qwen3_vl_moe", "minicpmv4_6"}
+"""Experts and recurrent layers are no linear layers: what they cost is not known."""
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from native_dirs import write_native
 from tile_kinds import TILE_KINDS
 
 from vistune.assembly import Assembled, load_assembled
-from vistune.errors import DataError, ModelError
+from vistune.data.layout import ImageLayout, SliceLayout
+from vistune.data.layout.slices import Slicing
+from vistune.errors import DataError, ImageError, ModelError
 from vistune.types import ImageRef, Sample, Turn
 
 EXTREMES = [(1, 1), (1, 400), (400, 1), (16, 16), (17, 16), (64, 64), (65, 64), (31, 500), (700, 9)]
@@ -65,6 +68,16 @@ def processor(kind: str, loaded: Assembled) -> Any:
         more = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
         values |= {"num_image_tokens": 16, "video_processor": None, **more}
         name = "LlavaOnevisionProcessor"
+    elif kind == "minicpmv4_6":
+        marks = {"image": "image", "slice": "slice", "image_id": "image_id"}
+        for name, mark in marks.items():
+            setattr(tokenizer, f"{name}_start_token", f"<{mark}>")
+            setattr(tokenizer, f"{name}_end_token", f"</{mark}>")
+        tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+        tokenizer.image_token_id, tokenizer.video_token_id = loaded.encoder.image_token_id, 0
+        videos = SimpleNamespace(slice_mode=True, downsample_mode="16x")
+        values |= {"video_processor": videos}
+        name = "MiniCPMV4_6Processor"
     else:  # SmolVLM's own writes images the same, and needs a package for its videos
         values |= {"image_seq_len": 4}
         name = "Idefics3Processor"
@@ -88,6 +101,16 @@ def parts_of(message: tuple[int | str, ...]) -> list[dict[str, str]]:
     ]
 
 
+def as_inputs(kind: str, pixels: Any) -> Any:
+    """Returns a processor's pixels with the axis in front that a layout counts."""
+    if kind == "internvl":
+        return pixels
+    if kind != "minicpmv4_6":
+        return pixels[0]
+    line = pixels[0]  # patches side by side
+    return line.reshape(*line.shape[:2], -1, line.shape[1]).transpose(2, 0, 1, 3)
+
+
 def theirs(processor: Any, turns: list[Turn], images: list[Image.Image], **kwargs: Any) -> Any:
     messages = [{"role": turn.speaker, "content": parts_of(turn.parts)} for turn in turns]
     text = processor.apply_chat_template(messages, tokenize=False, **kwargs)
@@ -102,8 +125,7 @@ def test_ids_and_pixels_are_the_processors(kind: str, loaded: Assembled, process
         ours = loaded.encoder.encode_prompt(turns, [image])
         assert np.array_equal(out["input_ids"][0], ours.input_ids), size
         pixels = out["pixel_values"]
-        pixels = pixels if kind == "internvl" else pixels[0]
-        assert np.array_equal(pixels, ours.pixel_values[0]), size
+        assert np.array_equal(as_inputs(kind, pixels), ours.pixel_values[0]), size
 
 
 def test_a_conversation_with_images_is_the_processors(
@@ -126,22 +148,31 @@ def test_a_conversation_with_images_is_the_processors(
     learnt = tokenizer.decode(ours.input_ids[ours.target_mask])
     assert learnt == {
         "internvl": "a thing<|im_end|>both<|im_end|>",
+        "minicpmv4_6": "a thing<|im_end|>both<|im_end|>",
         "llava_onevision": "\na thing<|im_end|>\nboth<|im_end|>",
     }.get(kind, " a thing<end_of_utterance> both<end_of_utterance>")
     end = "<end_of_utterance>" if kind in ("idefics3", "smolvlm") else "<|im_end|>"
     assert tokenizer.convert_tokens_to_ids(end) in loaded.encoder.stop_token_ids
     pixels = out["pixel_values"]
-    if kind == "llava_onevision":  # several images are shown whole
-        pixels = pixels[:, 0]
-    elif kind != "internvl":
-        pixels = pixels[0]
+    # LLaVA-OneVision shows several images whole: one tile each.
+    pixels = pixels[:, 0] if kind == "llava_onevision" else as_inputs(kind, pixels)
     assert np.array_equal(pixels, np.concatenate(ours.pixel_values))
+
+
+def num_tiles(layout: ImageLayout, size: tuple[int, int]) -> int:
+    if isinstance(layout, SliceLayout):  # its inputs are patches
+        return len(Slicing(*layout.shape(*size)).tiles())
+    return layout.num_inputs(*size)
 
 
 def test_a_bound_on_tokens_holds(loaded: Assembled) -> None:
     layout = loaded.encoder.layout
     assert layout is not None
     sizes = some_sizes(60, seed=5)
+    if isinstance(layout, SliceLayout):  # lines have many tokens, cut or not: they are refused
+        with pytest.raises(ImageError, match="even when it is not cut"):
+            layout.limited(20).block(400, 1)
+        sizes = [size for size in sizes if max(size) <= 4 * min(size)]
     most = max(layout.num_tokens(*size) for size in sizes)
     smallest = None
     for bound in range(most, 0, -1):
@@ -161,7 +192,7 @@ def test_a_bound_on_tokens_holds(loaded: Assembled) -> None:
         for size in sizes[:20]:
             pixels = limited.pixels(picture(size))
             assert pixels.shape[0] == limited.num_inputs(*size)
-            assert len(limited.pictures(picture(size))) == len(pixels)
+            assert len(limited.pictures(picture(size))) == num_tiles(limited, size)
 
 
 def test_a_bounded_model_takes_what_it_is_given(kind: str, tmp_path: Path) -> None:
@@ -200,7 +231,7 @@ def test_the_pictures_are_the_image(loaded: Assembled) -> None:
     assert layout is not None
     image = Image.new("RGB", (90, 50), (200, 30, 90))
     tiles = layout.pictures(image)
-    assert len(tiles) == layout.num_inputs(50, 90) > 1
+    assert len(tiles) == num_tiles(layout, (50, 90)) > 1
     # Padding is black in some; what shows the image shows its colour, to one level of rounding.
     middle = [np.asarray(tile)[tile.height // 2, tile.width // 2].astype(int) for tile in tiles]
     same = [np.abs(pixel - (200, 30, 90)).max() <= 1 for pixel in middle]
@@ -216,9 +247,11 @@ def test_the_preview_names_the_tiles_of_every_image(kind: str, loaded: Assembled
         turns = (Turn("user", (*range(len(sizes)), "?")), Turn("assistant", ("x",)))
         sample = Sample(id="s", source="s", where="w", turns=turns, images=images)
         limits: Any = {"max_tokens": 10**6, "overlong": "error"}
-        encoded = loaded.encoder.encode(sample, **limits)
+        layout = loaded.encoder.layout
+        assert layout is not None
+        expected = [num_tiles(layout.among(len(sizes)), size) for size in sizes]
         shown = preview_sample(loaded.encoder, sample, **limits)
-        assert [len(tiles) for tiles in shown.images] == [len(p) for p in encoded.pixel_values]
+        assert [len(tiles) for tiles in shown.images] == expected
     files: Any = tuple(ImageRef(name=f"{i}.png", path=Path(f"{i}.png")) for i in range(2))
     page = to_html([replace(shown, sample=replace(sample, images=files))], title="T")
     assert page.count("<figure>") == 2
@@ -243,6 +276,9 @@ def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
     text = {**config["text_config"], "vocab_size": right}
     refused("config.json", {"text_config": text}, "embedding table ends")
     processor = "preprocessor_config.json"
+    if kind == "minicpmv4_6":
+        refused(processor, {"downsample_mode": "4x"}, "form of MiniCPM-V is not known")
+        return
     key = "max_image_size" if kind in ("idefics3", "smolvlm") else "size"
     wrong = {"longest_edge": 32} if key != "size" else {"height": 32, "width": 32}
     refused(processor, {key: wrong}, "disagree on the size of a tile")

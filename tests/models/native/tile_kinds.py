@@ -113,6 +113,31 @@ def _onevision(tokenizer: Any) -> Any:
     )
 
 
+def _minicpmv(tokenizer: Any) -> Any:
+    text = {
+        **_text("qwen3_5_text", tokenizer),
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "mrope_section": [2, 1, 1],
+        },
+    }
+    return transformers.MiniCPMV4_6Config(
+        vision_config=_vision(image_size=16, patch_size=2),
+        text_config=text,
+        insert_layer_id=0,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+
+
 _PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
 _IDEFICS = {
     "specials": (
@@ -172,5 +197,28 @@ TILE_KINDS: dict[str, dict[str, Any]] = {
             "image_std": _HALVES,
         },
         "model_class": "LlavaOnevisionForConditionalGeneration",
+    },
+    "minicpmv4_6": {
+        "specials": (
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<image>",
+            "</image>",
+            "<slice>",
+            "</slice>",
+            "<image_id>",
+            "</image_id>",
+        ),
+        "template": _INTERNVL_TEMPLATE.replace("<IMG_CONTEXT>", "<|image_pad|>"),
+        "config": _minicpmv,
+        "processor": {
+            "image_processor_type": "MiniCPMV4_6ImageProcessor",
+            "scale_resolution": 16,
+            "patch_size": 2,
+            "max_slice_nums": 9,
+            "image_mean": _HALVES,
+            "image_std": _HALVES,
+        },
+        "model_class": "MiniCPMV4_6ForConditionalGeneration",
     },
 }

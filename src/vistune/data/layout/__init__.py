@@ -6,20 +6,20 @@ from typing import Any
 
 from vistune.data.layout.anyres import AnyresLayout
 from vistune.data.layout.base import ImageLayout, make_image_processor, unusual_shape
-from vistune.data.layout.fixed import FixedLayout
 from vistune.data.layout.onevision import OneVisionLayout
 from vistune.data.layout.patches import PatchLayout
 from vistune.data.layout.ratio_tiles import RatioTileLayout
 from vistune.data.layout.row_tiles import RowTileLayout
+from vistune.data.layout.slices import SliceLayout
 from vistune.errors import DataError
 
 _KINDS: dict[str, type[ImageLayout]] = {
     "anyres": AnyresLayout,
-    "fixed": FixedLayout,
     "onevision": OneVisionLayout,
     "patches": PatchLayout,
     "ratio_tiles": RatioTileLayout,
     "row_tiles": RowTileLayout,
+    "slices": SliceLayout,
 }
 
 
@@ -46,12 +46,12 @@ def load_layout(values: dict[str, Any]) -> ImageLayout:
 
 __all__ = [
     "AnyresLayout",
-    "FixedLayout",
     "ImageLayout",
     "OneVisionLayout",
     "PatchLayout",
     "RatioTileLayout",
     "RowTileLayout",
+    "SliceLayout",
     "load_layout",
     "make_image_processor",
     "unusual_shape",

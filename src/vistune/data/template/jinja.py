@@ -54,7 +54,8 @@ class JinjaTemplate(ChatTemplate):
     """What the template writes where a message has an image part; empty for a template of text
     alone, where images stand in the text."""
     image_open: str = ""
-    """Text put in front of an image's tokens, to be tokenised with what stands before it."""
+    """Text put in front of an image's tokens, to be tokenised with what stands before it; `{n}` in
+    it is the number of the image in the conversation, from 0."""
     image_close: str = ""
     """Text put behind them."""
     closing: str = ""
@@ -177,7 +178,10 @@ class JinjaTemplate(ChatTemplate):
         pieces = text.split(self.image_text)
         if len(pieces) != len(images) + 1:
             self._refuse(f"it shows {len(pieces) - 1} images of {len(images)}")
-        marks = [f"{self.image_open}{_OPEN}i{i}{_CLOSE}{self.image_close}" for i in images]
+        marks = [
+            f"{self.image_open.replace('{n}', str(n))}{_OPEN}i{i}{_CLOSE}{self.image_close}"
+            for n, i in enumerate(images)
+        ]
         return "".join(itertools.chain(*zip(pieces, marks, strict=False), pieces[-1:]))
 
     def _refuse(self, why: str) -> NoReturn:

@@ -34,8 +34,9 @@ class NativeFamily(Protocol):
 
     @property
     def is_recurrent(self) -> bool:
-        """Its language model carries a state from token to token, which a packed row would hand on
-        to the next sample: samples then run one by one.
+        """Whether its language model carries a state from token to token.
+
+        A packed row would hand it on to the next sample: samples then run one by one.
         """
         ...
 

@@ -23,6 +23,7 @@ class Idefics3:
 
     model_types: tuple[str, ...] = ("idefics3", "smolvlm")
     image_marks = ("<image>", "", "")
+    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_model",),
         connector=("model.connector",),

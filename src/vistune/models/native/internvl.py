@@ -19,6 +19,7 @@ class InternVL:
 
     model_types: tuple[str, ...] = ("internvl",)
     image_marks = ("<IMG_CONTEXT>", "", "")
+    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
         connector=("model.multi_modal_projector",),

@@ -22,6 +22,7 @@ class LlavaOneVision:
 
     model_types: tuple[str, ...] = ("llava_onevision",)
     image_marks = ("<image>", "", "")
+    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
         connector=("model.multi_modal_projector", "model.image_newline"),

@@ -6,6 +6,7 @@ row through the attention registered in `models.attention`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,9 @@ from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.attention import (
-    ahead_mask,
-    packing_mask,
-    reach_of_prefixes,
-    reach_of_runs,
-    register_ahead_attention,
-    register_packed_attention,
-)
+from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import LooksAhead, NativeFamily
+from vistune.models.native.contract import NativeFamily
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
@@ -49,14 +43,12 @@ class NativeVLM(nn.Module):
         self.grid: VisionGrid = family.grid(inner.config)
         self.image_token_id = family.image_token_id(inner.config)
         self.touch_vision_always = False
-        if not _compat.uses_attention_interface(inner):
+        if not family.is_recurrent and not _compat.uses_attention_interface(inner):
             raise ModelError(
                 f"{type(inner).__name__} cannot keep the samples of a packed row apart",
                 fix="use a model that takes its attention from transformers' interface",
             )
-        self._ahead = family if isinstance(family, LooksAhead) else None
-        self._first_position = 0 if self._ahead is None else self._ahead.first_position
-        inner.config.get_text_config()._attn_implementation = self._attention_name()
+        inner.config.get_text_config()._attn_implementation = register_packed_attention()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
         """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
@@ -109,23 +101,52 @@ class NativeVLM(nn.Module):
         max_seqlen: int,
         pixel_values_NCYX: Tensor | None,
         image_shapes: tuple[ImageShape, ...] = (),
-        prompt_lengths: tuple[int, ...] = (),
     ) -> Tensor:
         """Runs one packed row up to and including the final norm; see `models.contract`."""
         images = {}
         if pixel_values_NCYX is not None:
             images = self.family.image_inputs(self._cast(pixel_values_NCYX), image_shapes)
             images |= self.family.text_inputs(input_ids_BT, self.image_token_id)
+        if self.family.is_recurrent:
+            hidden = self._one_by_one(input_ids_BT, position_ids_BT, cu_seqlens, images)
+        else:
+            mask = packing_mask(cu_seqlens, max_seqlen)
+            hidden = self._together(input_ids_BT, position_ids_BT, mask, images)
+        idle = None if images else self._idle_vision(hidden)
+        return hidden if idle is None else hidden + idle
+
+    def _together(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, mask: Tensor, images: Any
+    ) -> Tensor:
+        """Runs the model over a packed row whose mask keeps its samples apart."""
         out = self.inner.model(
             input_ids=input_ids_BT,
-            attention_mask=self._mask(input_ids_BT, cu_seqlens, max_seqlen, prompt_lengths),
-            position_ids=position_ids_BT + self._first_position,
+            attention_mask=mask,
+            position_ids=position_ids_BT,
             use_cache=False,
             **images,
         )
         hidden: Tensor = out.last_hidden_state
-        idle = None if images else self._idle_vision(hidden)
-        return hidden if idle is None else hidden + idle
+        return hidden
+
+    def _one_by_one(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, cu_seqlens: Tensor, images: Any
+    ) -> Tensor:
+        """Runs the language model over every sample of a packed row by itself."""
+        embeds_BTD = self.inner.get_input_embeddings()(input_ids_BT)
+        if images:
+            features = _tensors(self.inner.model.get_image_features(**images).pooler_output)
+            at_image = (input_ids_BT == self.image_token_id)[..., None]
+            embeds_BTD = embeds_BTD.masked_scatter(at_image, torch.cat(features).to(embeds_BTD))
+        parts = [
+            self.inner.model.language_model(
+                inputs_embeds=embeds_BTD[:, start:end],
+                position_ids=position_ids_BT[..., start:end],
+                use_cache=False,
+            ).last_hidden_state
+            for start, end in itertools.pairwise(cu_seqlens.tolist())
+        ]
+        return torch.cat(parts, dim=1)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Applies the output head: [M, D] -> [M, V]."""
@@ -146,40 +167,9 @@ class NativeVLM(nn.Module):
         image_shapes: tuple[ImageShape, ...],
     ) -> dict[str, Any]:
         """Returns what the forward pass is given for the images of a batch of prompts."""
-        images = {}
-        if pixel_values is not None:
-            images = self.family.image_inputs(self._cast(pixel_values), image_shapes)
+        assert pixel_values is not None
+        images = self.family.image_inputs(self._cast(pixel_values), image_shapes)
         return images | self.family.text_inputs(input_ids_BT, self.image_token_id)
-
-    def _attention_name(self) -> str:
-        if self._ahead is None:
-            return register_packed_attention()
-        return register_ahead_attention(window_binds=not self._ahead.reads_prompts_both_ways)
-
-    def _mask(
-        self,
-        input_ids_BT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        prompt_lengths: tuple[int, ...],
-    ) -> Tensor:
-        """What stands in for the attention mask of a packed row."""
-        if self._ahead is None:
-            return packing_mask(cu_seqlens, max_seqlen)
-        if not self._ahead.reads_prompts_both_ways:
-            reach_T = reach_of_runs(input_ids_BT[0] == self.image_token_id)
-            return ahead_mask(cu_seqlens, max_seqlen, reach_T)
-        # A row whose samples all failed holds one token and says nothing.
-        is_empty = not prompt_lengths and input_ids_BT.shape[1] == 1
-        lengths = (1,) if is_empty else prompt_lengths
-        if len(lengths) != cu_seqlens.shape[0] - 1:
-            raise ModelError(
-                "this model reads prompts both ways and was not told how long they are",
-                got=f"{len(prompt_lengths)} lengths for {cu_seqlens.shape[0] - 1} samples",
-                fix="set data.template=paligemma",
-            )
-        lengths_S = torch.tensor(lengths, device=cu_seqlens.device)
-        return ahead_mask(cu_seqlens, max_seqlen, reach_of_prefixes(cu_seqlens, lengths_S))
 
     def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> Any:
         """Hands the generation hook of transformers' model on."""
