@@ -6,6 +6,7 @@ from typing import Any
 
 from vistune.data.layout.anyres import AnyresLayout
 from vistune.data.layout.base import ImageLayout, make_image_processor, unusual_shape
+from vistune.data.layout.fixed import FixedLayout
 from vistune.data.layout.onevision import OneVisionLayout
 from vistune.data.layout.patches import PatchLayout
 from vistune.data.layout.ratio_tiles import RatioTileLayout
@@ -15,6 +16,7 @@ from vistune.errors import DataError
 
 _KINDS: dict[str, type[ImageLayout]] = {
     "anyres": AnyresLayout,
+    "fixed": FixedLayout,
     "onevision": OneVisionLayout,
     "patches": PatchLayout,
     "ratio_tiles": RatioTileLayout,
@@ -46,6 +48,7 @@ def load_layout(values: dict[str, Any]) -> ImageLayout:
 
 __all__ = [
     "AnyresLayout",
+    "FixedLayout",
     "ImageLayout",
     "OneVisionLayout",
     "PatchLayout",

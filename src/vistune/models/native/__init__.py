@@ -1,6 +1,6 @@
 """Transformers' own vision-language models, trained behind vistune's contract."""
 
-from vistune.models.native import idefics3, internvl, llava_onevision, minicpmv, qwen
+from vistune.models.native import gemma, idefics3, internvl, llava_onevision, minicpmv, qwen
 from vistune.models.native.contract import NATIVE, NativeFamily
 from vistune.models.native.describe import describe_native, is_native, load_native
 from vistune.models.native.model import NativeVLM
@@ -10,6 +10,7 @@ __all__ = [
     "NativeFamily",
     "NativeVLM",
     "describe_native",
+    "gemma",
     "idefics3",
     "internvl",
     "is_native",

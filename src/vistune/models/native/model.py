@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.attention import (
+    ahead_mask,
+    packing_mask,
+    reach_of_prefixes,
+    reach_of_runs,
+    register_ahead_attention,
+    register_packed_attention,
+)
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import NativeFamily
+from vistune.models.native.contract import LooksAhead, NativeFamily
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
@@ -48,7 +55,9 @@ class NativeVLM(nn.Module):
                 f"{type(inner).__name__} cannot keep the samples of a packed row apart",
                 fix="use a model that takes its attention from transformers' interface",
             )
-        inner.config.get_text_config()._attn_implementation = register_packed_attention()
+        self._ahead = family if isinstance(family, LooksAhead) else None
+        self._first_position = 0 if self._ahead is None else self._ahead.first_position
+        inner.config.get_text_config()._attn_implementation = self._attention_name()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
         """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
@@ -101,6 +110,7 @@ class NativeVLM(nn.Module):
         max_seqlen: int,
         pixel_values_NCYX: Tensor | None,
         image_shapes: tuple[ImageShape, ...] = (),
+        prompt_lengths: tuple[int, ...] = (),
     ) -> Tensor:
         """Runs one packed row up to and including the final norm; see `models.contract`."""
         images = {}
@@ -110,7 +120,7 @@ class NativeVLM(nn.Module):
         if self.family.is_recurrent:
             hidden = self._one_by_one(input_ids_BT, position_ids_BT, cu_seqlens, images)
         else:
-            mask = packing_mask(cu_seqlens, max_seqlen)
+            mask = self._mask(input_ids_BT, cu_seqlens, max_seqlen, prompt_lengths)
             hidden = self._together(input_ids_BT, position_ids_BT, mask, images)
         idle = None if images else self._idle_vision(hidden)
         return hidden if idle is None else hidden + idle
@@ -122,7 +132,7 @@ class NativeVLM(nn.Module):
         out = self.inner.model(
             input_ids=input_ids_BT,
             attention_mask=mask,
-            position_ids=position_ids_BT,
+            position_ids=position_ids_BT + self._first_position,
             use_cache=False,
             **images,
         )
@@ -167,9 +177,40 @@ class NativeVLM(nn.Module):
         image_shapes: tuple[ImageShape, ...],
     ) -> dict[str, Any]:
         """Returns what the forward pass is given for the images of a batch of prompts."""
-        assert pixel_values is not None
-        images = self.family.image_inputs(self._cast(pixel_values), image_shapes)
+        images = {}
+        if pixel_values is not None:
+            images = self.family.image_inputs(self._cast(pixel_values), image_shapes)
         return images | self.family.text_inputs(input_ids_BT, self.image_token_id)
+
+    def _attention_name(self) -> str:
+        if self._ahead is None:
+            return register_packed_attention()
+        return register_ahead_attention(window_binds=not self._ahead.reads_prompts_both_ways)
+
+    def _mask(
+        self,
+        input_ids_BT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        prompt_lengths: tuple[int, ...],
+    ) -> Tensor:
+        """What stands in for the attention mask of a packed row."""
+        if self._ahead is None:
+            return packing_mask(cu_seqlens, max_seqlen)
+        if not self._ahead.reads_prompts_both_ways:
+            reach_T = reach_of_runs(input_ids_BT[0] == self.image_token_id)
+            return ahead_mask(cu_seqlens, max_seqlen, reach_T)
+        # A row whose samples all failed holds one token and says nothing.
+        is_empty = not prompt_lengths and input_ids_BT.shape[1] == 1
+        lengths = (1,) if is_empty else prompt_lengths
+        if len(lengths) != cu_seqlens.shape[0] - 1:
+            raise ModelError(
+                "this model reads prompts both ways and was not told how long they are",
+                got=f"{len(prompt_lengths)} lengths for {cu_seqlens.shape[0] - 1} samples",
+                fix="set data.template=paligemma",
+            )
+        lengths_S = torch.tensor(lengths, device=cu_seqlens.device)
+        return ahead_mask(cu_seqlens, max_seqlen, reach_of_prefixes(cu_seqlens, lengths_S))
 
     def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> Any:
         """Hands the generation hook of transformers' model on."""
