@@ -6,17 +6,15 @@ what would need more (DoRA, ranks by layer, modules trained besides) is refused.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vistune.errors import ModelError, WeightsError
+from vistune.models.connector_weights import read_tensors_of
 from vistune.models.facts import read_json
 from vistune.models.keymap import KeyMap
 from vistune.models.weights import check_keys
@@ -125,18 +123,8 @@ def _read(folder: Path, *, key: str) -> tuple[float, dict[str, tuple[Tensor, Ten
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
     for name in _FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            if path.suffix == ".safetensors":
-                loaded: dict[str, Tensor] = load_file(path)
-                return loaded
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            assert isinstance(found, Mapping)
-            return found
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise WeightsError("a weight file is damaged", where=str(path), got=error) from error
+        if (folder / name).is_file():
+            return read_tensors_of(folder / name)
     raise WeightsError(
         "the adapter has no weights", where=str(folder), expected=" or ".join(_FILES)
     )

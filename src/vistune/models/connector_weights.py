@@ -7,13 +7,11 @@ a file is stands in its keys.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -147,13 +145,12 @@ def _read(file: Path) -> object:
         if file.suffix == ".safetensors":
             return load_file(file)
         return _load_inert(file)
-    except (OSError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # half a pickle fails in many ways, all of them the file's fault
         raise WeightsError(
-            "the connector's weights cannot be read as plain tensors",
+            "these weights cannot be read as plain tensors",
             where=str(file),
-            got=str(error).split("\n")[0][:200],
-            fix="convert the file where it was made (XTuner: convert pth_to_hf) and name its"
-            " projector/ here",
+            got=str(error).split("\n")[0][:200] or type(error).__name__,
+            fix="copy the file again, or convert it where it was made (XTuner: convert pth_to_hf)",
         ) from error
 
 

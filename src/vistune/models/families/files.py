@@ -7,16 +7,17 @@ counts: an index is only used to prove that no shard is missing. Nothing here kn
 from __future__ import annotations
 
 import json
-import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from vistune.errors import ModelError, WeightsError
+from vistune.errors import ModelError, VistuneError, WeightsError
 
 CONFIG_NAME = "config.json"
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -61,7 +62,7 @@ def weight_files(directory: Path) -> list[Path]:
         index = directory / name
         if not index.is_file() or (suffix is not None and suffix not in name):
             continue
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = _named_files(index)
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise WeightsError(
@@ -79,62 +80,109 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def _named_files(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            "the index of the weight files cannot be read",
+            where=str(index),
+            got=error,
+            fix="download the file again",
+        ) from error
+
+
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor of a directory by name, one at a time, in its stored number format.
 
     Raises:
-        WeightsError: A file is missing or damaged.
+        WeightsError: A file is missing or damaged, or a name stands in two of them.
     """
-    for path in weight_files(directory):
-        try:
+    for path, names in _by_file(directory):
+        with _damage_named(path):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    for name in names:
                         yield name, file.get_tensor(name)
             else:
-                yield from torch.load(
-                    path, map_location="cpu", mmap=True, weights_only=True
-                ).items()
-        except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise WeightsError("a weight file is damaged", where=str(path), got=error) from error
+                yield from _unpickled(path, device="cpu").items()
 
 
 def tensor_names(directory: Path) -> frozenset[str]:
-    """Returns the names of a directory's tensors; of safetensors only the headers are read."""
-    names: set[str] = set()
-    for path in weight_files(directory):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names.update(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(
-                    "a weight file is damaged", where=str(path), got=error
-                ) from error
-        else:
-            names.update(torch.load(path, map_location="meta", mmap=True, weights_only=True))
-    return frozenset(names)
+    """Returns the names of a directory's tensors; of safetensors only the headers are read.
+
+    Raises:
+        WeightsError: A file is missing or damaged, or a name stands in two of them.
+    """
+    return frozenset(name for _, names in _by_file(directory) for name in names)
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a directory's tensors by name; no weight is read.
 
     Raises:
-        WeightsError: A file is missing or damaged.
+        WeightsError: A file is missing or damaged, or a name stands in two of them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(directory):
-        try:
+    for path, names in _by_file(directory):
+        with _damage_named(path):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a mapping)
-                        shapes[name] = tuple(file.get_slice(name).get_shape())
+                    shapes |= {n: tuple(file.get_slice(n).get_shape()) for n in names}
             else:
-                found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+                found = _unpickled(path, device="meta")
                 shapes |= {name: tuple(tensor.shape) for name, tensor in found.items()}
-        except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise WeightsError("a weight file is damaged", where=str(path), got=error) from error
     return shapes
+
+
+def _by_file(directory: Path) -> list[tuple[Path, list[str]]]:
+    """Returns the weight files and the names in each; none stands in two."""
+    found: list[tuple[Path, list[str]]] = []
+    place: dict[str, Path] = {}
+    for path in weight_files(directory):
+        with _damage_named(path):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    names = list(file.keys())
+            else:
+                names = list(_unpickled(path, device="meta"))
+        twice = [name for name in names if name in place]
+        if twice:
+            raise WeightsError(
+                f"{len(twice)} tensors stand twice",
+                where=str(path),
+                got=f"{_listed(twice)}, also in {place[twice[0]].name}",
+                fix="keep the weight files of one model alone in the directory",
+            )
+        place |= dict.fromkeys(names, path)
+        found.append((path, names))
+    return found
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns what the readers raise into an error that names the file."""
+    try:
+        yield
+    except VistuneError:
+        raise
+    except Exception as error:  # half a pickle fails in many ways, all of them the file's fault
+        raise WeightsError(
+            "a weight file is damaged, or holds more than tensors",
+            where=str(path),
+            got=str(error).split("\n")[0][:200] or type(error).__name__,
+            fix="download the file again; files that need code to be read are never read",
+        ) from error
+
+
+def _unpickled(path: Path, *, device: Literal["cpu", "meta"]) -> Mapping[str, Tensor]:
+    """Reads a PyTorch file of tensors by name; no code in it is run."""
+    # PyTorch's format before 1.6 is no archive and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    found = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise WeightsError("this file holds no tensors by name", where=str(path))
+    return found
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
