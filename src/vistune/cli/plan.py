@@ -9,7 +9,7 @@ import typer
 from vistune.cli.recipe import Name, Overrides
 
 if TYPE_CHECKING:
-    from vistune.plan import Plan
+    from vistune.plan import Held, Plan
 
 
 def plan(
@@ -32,10 +32,26 @@ def plan(
     from vistune.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or []).recipe
-    from vistune.plan import make_plan
+    from vistune.assembly import draw  # imports torch: behind every error of the recipe
+    from vistune.models.native import NATIVE
+    from vistune.plan import dtype_of, held, make_plan, target_of
 
+    blueprint = draw(recipe)
+    whole = blueprint.facts.whole_config
+    if whole is not None and whole.model_type in NATIVE:
+        target = target_of(recipe, device, memory_gib=memory_gib)
+        found = held(recipe, blueprint.facts, target, dtype=dtype_of(recipe, target))
+        _print_held(found)
+        if not found.can_fit:
+            raise typer.Exit(1)
+        return
     made = make_plan(
-        recipe, device=device, memory_gib=memory_gib, price_per_hour=price, read_data=data
+        recipe,
+        device=device,
+        memory_gib=memory_gib,
+        price_per_hour=price,
+        read_data=data,
+        blueprint=blueprint,
     )
     _print(made)
     if not made.fits:
@@ -82,3 +98,25 @@ def _print(made: Plan) -> None:
         print(f"estimate: {made.num_steps:,} steps in {made.run_seconds / 3600:.2f} h")
     if made.cost is not None:
         print(f"estimate: cost {made.cost:,.2f}")
+
+
+def _print_held(found: Held) -> None:
+    from vistune.cli.console import print_table
+
+    gib = 2**30
+    rows = [
+        (role, *(f"{n / gib:.2f}" for n in (b.weights, b.gradients, b.optimizer)))
+        for role, b in found.roles.items()
+    ]
+    print_table("GiB by role", ("role", "weights", "gradients", "optimizer"), rows)
+    print(f"{found.num_trainable:,} of {found.num_parameters:,} weights train")
+    total, device = found.device.memory_gib, found.device.name
+    print(f"held whatever the rows are: {found.total / gib:.1f} of {total:.1f} GiB on {device}")
+    if not found.can_fit:
+        print("does not fit")
+        return
+    print(
+        "What activations take is not predicted for this model: the first step of a run is its"
+        " longest row, so too little memory shows before training starts. Then lower"
+        " batch.max_tokens or data.image.max_tokens, or raise train.checkpoint_layers."
+    )

@@ -81,6 +81,7 @@ def make_plan(
     memory_gib: float | None = None,
     price_per_hour: float | None = None,
     read_data: bool = False,
+    blueprint: Blueprint | None = None,
 ) -> Plan:
     """Plans a recipe.
 
@@ -91,15 +92,14 @@ def make_plan(
         price_per_hour: What an hour of it costs, in any currency.
         read_data: Read the rows' lengths (text and image headers) for the longest row that will
             really be made and the number of steps.
+        blueprint: The recipe's model, where it is described already.
 
     Raises:
         RegistryError: No such device is known.
         ModelError: The model is not there, or cannot be planned.
     """
-    blueprint = draw(recipe)
-    target = _target(recipe, device)
-    if memory_gib is not None:
-        target = replace(target, memory_gib=memory_gib)
+    blueprint = blueprint or draw(recipe)
+    target = target_of(recipe, device, memory_gib=memory_gib)
     room = _room(recipe, blueprint, target)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
@@ -149,19 +149,36 @@ def settle(recipe: Recipe, blueprint: Blueprint) -> Recipe:
     return room.settle(recipe).apply(recipe)
 
 
-def _target(recipe: Recipe, name: str | None) -> KnownDevice:
-    if name is not None:
-        return KNOWN_DEVICES.get(name)
-    return present_device(select_device(recipe.device, recipe.dtype))
+def target_of(recipe: Recipe, name: str | None, *, memory_gib: float | None) -> KnownDevice:
+    """Returns the device to plan for.
+
+    Args:
+        recipe: Says which device a run would take here.
+        name: Name of a known device; the present one when left out.
+        memory_gib: Its memory, when it is another.
+
+    Raises:
+        RegistryError: No such device is known.
+    """
+    if name is None:
+        target = present_device(select_device(recipe.device, recipe.dtype))
+    else:
+        target = KNOWN_DEVICES.get(name)
+    return target if memory_gib is None else replace(target, memory_gib=memory_gib)
+
+
+def dtype_of(recipe: Recipe, target: KnownDevice) -> torch.dtype:
+    """Returns the format a recipe's frozen weights have on a device."""
+    formats = {"auto": target.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+    return formats[recipe.dtype]
 
 
 def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
-    formats = {"auto": target.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
     return Room.of(
         recipe,
         blueprint.parts,
         blueprint.facts,
-        dtype=formats[recipe.dtype],
+        dtype=dtype_of(recipe, target),
         kind=target.kind,
         memory_gib=target.memory_gib,
     )

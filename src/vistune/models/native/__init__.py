@@ -2,7 +2,12 @@
 
 from vistune.models.native import gemma, idefics3, internvl, llava_onevision, minicpmv, qwen
 from vistune.models.native.contract import NATIVE, NativeFamily
-from vistune.models.native.describe import describe_native, is_native, load_native
+from vistune.models.native.describe import (
+    describe_native,
+    is_native,
+    load_native,
+    native_skeleton,
+)
 from vistune.models.native.model import NativeVLM
 
 __all__ = [
@@ -17,5 +22,6 @@ __all__ = [
     "llava_onevision",
     "load_native",
     "minicpmv",
+    "native_skeleton",
     "qwen",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def describe_native(folder: Path) -> ModelFacts:
         template="paligemma" if _reads_prompts_both_ways(family) else "auto",
         layout=family.layout(config, processor, tokenizer),
         image_marks=family.image_marks,
+        whole_config=config,
     )
 
 
@@ -122,6 +124,18 @@ def load_native(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> Nativ
         attn_implementation={"text_config": packed, "vision_config": "sdpa"},
     )
     return NativeVLM(inner, family_of(inner.config))
+
+
+def native_skeleton(facts: ModelFacts) -> NativeVLM:
+    """Builds a model without its weights; call it where tensors have no storage.
+
+    Args:
+        facts: What `describe_native` found.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config = copy.deepcopy(facts.whole_config)
+    return NativeVLM(AutoModelForImageTextToText.from_config(config), family_of(config))
 
 
 def family_of(config: Any) -> NativeFamily:

@@ -1,0 +1,123 @@
+"""What a model holds on a device whatever its rows are: weights, gradients, optimizer. Exact.
+
+For models whose activations are not predicted (transformers' own vision-language models): a number
+that is not known is left out, not guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from vistune.models.budget import usable_bytes
+from vistune.models.memory import frozen_bytes
+from vistune.models.native import NativeVLM, native_skeleton
+from vistune.models.tune import apply_tuning
+from vistune.plan.devices import KnownDevice
+from vistune.recipe import Recipe
+from vistune.recipe.sizes import resident_optimizer_bytes
+from vistune.types import ROLES, RoleName
+
+if TYPE_CHECKING:
+    from vistune.models.facts import ModelFacts
+
+
+@dataclass(frozen=True)
+class RoleHeld:
+    """Bytes that one role holds.
+
+    Args:
+        weights: Of its weights, each in the format it is held in.
+        gradients: Of its gradients.
+        optimizer: Of the optimizer's state on the device.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model holds on a device.
+
+    Args:
+        device: The device.
+        roles: Bytes by role.
+        num_parameters: Weights of the model, adapters included.
+        num_trainable: Of them, how many train.
+    """
+
+    device: KnownDevice
+    roles: dict[RoleName, RoleHeld]
+    num_parameters: int
+    num_trainable: int
+
+    @property
+    def total(self) -> int:
+        """All bytes, gradients included."""
+        return sum(r.weights + r.gradients + r.optimizer for r in self.roles.values())
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether they leave anything for activations."""
+        return self.total < usable_bytes(self.device.memory_gib)
+
+
+def held(recipe: Recipe, facts: ModelFacts, device: KnownDevice, *, dtype: torch.dtype) -> Held:
+    """Adds up what one of transformers' own models holds under a recipe; reads no weights.
+
+    Args:
+        recipe: What trains, and the optimizer.
+        facts: The model.
+        device: The device.
+        dtype: Format of frozen weights.
+
+    Raises:
+        ModelError: A role cannot train in the way asked for.
+    """
+    with torch.device("meta"):
+        model = native_skeleton(facts).to(dtype)
+        apply_tuning(model, recipe.tune, seed=0)
+    language = recipe.tune.language
+    frozen_format = "same" if language.mode == "full" else language.frozen_format
+    compact = _compact(model)
+    roles = {role: RoleHeld() for role in ROLES}
+    for name, parameter in model.named_parameters():
+        role, count = model.module_map.role_of(name), parameter.numel()
+        before = roles[role]
+        if parameter.requires_grad:
+            roles[role] = RoleHeld(
+                before.weights + 4 * count,
+                before.gradients + 4 * count,
+                before.optimizer + resident_optimizer_bytes(count, recipe.train),
+            )
+            continue
+        weights = count * parameter.element_size()
+        if id(parameter) in compact:
+            weights = frozen_bytes(parameter, frozen_format)
+        roles[role] = replace(before, weights=before.weights + weights)
+    parameters = list(model.parameters())
+    return Held(
+        device=device,
+        roles=roles,
+        num_parameters=sum(p.numel() for p in parameters),
+        num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def _compact(model: NativeVLM) -> set[int]:
+    """Returns the frozen weights that may be held in fewer bits, as `models.tune.quantize` does."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and model.module_map.role_of(name) == "language"
+        and ".lora_" not in name
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+        and id(module.weight) not in tables
+    }

@@ -1,0 +1,84 @@
+"""What transformers' own models hold: added up without weights, equal to the model that is built."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "native"))
+
+from native_dirs import KINDS, write_native
+
+from vistune.assembly import build, draw
+from vistune.cli.app import app
+from vistune.errors import ModelError
+from vistune.models.tune import apply_tuning
+from vistune.plan import held, make_plan
+from vistune.plan.devices import KnownDevice
+from vistune.recipe import Recipe
+
+TUNE = {
+    "vision": {"mode": "lora", "rank": 2},
+    "connector": {"mode": "full"},
+    "language": {"mode": "lora", "rank": 2},
+}
+
+
+def recipe(model: Path, **more: Any) -> Recipe:
+    tree = {
+        "name": "t",
+        "device": "cpu",
+        "model": {"from_checkpoint": str(model)},
+        "data": {"train": [{"path": "d.json"}]},
+        "tune": TUNE,
+        "tune": TUNE,
+        "batch": {"samples": 1, "max_tokens": 512},
+        "train": {"steps": 1},
+        **more,
+    }
+    return Recipe.model_validate(tree)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_it_is_what_the_built_model_holds(tmp_path: Path, kind: str) -> None:
+    one = recipe(write_native(kind, tmp_path / "model"))
+    blueprint = draw(one)
+    found = held(one, blueprint.facts, KnownDevice("x", 1.0), dtype=torch.bfloat16)
+    model = build(blueprint, seed=0, dtype=torch.bfloat16)
+    apply_tuning(model, one.tune, seed=0)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(role.weights for role in found.roles.values()) == weights
+    assert sum(role.gradients for role in found.roles.values()) == 4 * trained
+    assert sum(role.optimizer for role in found.roles.values()) == 8 * trained
+    assert (found.num_trainable, found.can_fit) == (trained, True)
+
+
+def test_rounded_weights_are_counted_as_held(tmp_path: Path) -> None:
+    folder = write_native("qwen2_5_vl", tmp_path / "model")
+    totals = []
+    for form in ("same", "int8", "nf4"):
+        tune = {**TUNE, "language": {"mode": "lora", "rank": 2, "frozen_format": form}}
+        one = recipe(folder, tune=tune)
+        found = held(one, draw(one).facts, KnownDevice("x", 1.0), dtype=torch.bfloat16)
+        totals.append(found.roles["language"].weights)
+    assert totals[0] > totals[1] > totals[2]
+
+
+def test_the_command_says_what_is_not_known(tmp_path: Path) -> None:
+    folder = write_native("qwen3_vl", tmp_path / "model")
+    file = tmp_path / "t.yaml"
+    file.write_text(json.dumps(recipe(folder).model_dump(mode="json", exclude_unset=True)))
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200"])
+    assert done.exit_code == 0, done.output
+    assert "not predicted for this model" in done.output and "weights train" in done.output
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--memory-gib", "0.5"])
+    assert done.exit_code == 1 and "does not fit" in done.output
+    with pytest.raises(ModelError, match="set batch.max_tokens"):
+        make_plan(recipe(folder, batch={"max_tokens": "auto", "samples": 1}), device="h200")
