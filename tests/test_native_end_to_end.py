@@ -37,7 +37,7 @@ LORA = {
     "language": {"mode": "lora", "rank": 2, "alpha": 8.0},
 }
 
-EXPERTS = {"qwen3_vl_moe"}
+EXPERTS = {"qwen3_vl_moe", "minicpmv4_6"}
 """Kinds whose operations are not known."""
 
 

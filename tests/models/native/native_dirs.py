@@ -92,6 +92,9 @@ def _widen(config: Any) -> None:
     for name in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
         if hasattr(text, name):
             setattr(text, name, 64)
+    for name in ("linear_key_head_dim", "linear_value_head_dim"):  # two heads
+        if hasattr(text, name):
+            setattr(text, name, 32)
     text.num_attention_heads = text.num_attention_heads * 64 // old
     # What the tower hands over is as wide as the language model, under a name of each family's own.
     for name in ("out_hidden_size", "hidden_size", "projection_dim"):
