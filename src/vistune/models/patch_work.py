@@ -224,5 +224,10 @@ def connector_products(model: NativeVLM) -> tuple[tuple[int, ...], frozenset[int
                     if not behind_weights:
                         first.add(len(products))
                     products.append(module.weight.numel())
-                behind_weights |= bool(module._parameters)
+                behind_weights |= bool(module._parameters) and module is not branch
+            # A matrix of the connector's own (Gemma 3) stands behind the modules in it.
+            for matrix in (p for p in branch.parameters(recurse=False) if p.dim() == 2):
+                if not isinstance(branch, (nn.Linear, nn.Conv2d)):
+                    products.append(matrix.numel())
+            behind_weights |= bool(branch._parameters)
     return tuple(products), frozenset(first)
