@@ -167,6 +167,15 @@ def test_an_optimizer_step_reaches_the_merged_weights():
     assert error(whole[0], reference[0]) <= 5e-6
 
 
+def test_weights_replaced_after_fusing_are_noticed():
+    model = build("qwen2", "full")
+    trunk = fuse(model.model, device=torch.device("cpu"))
+    bias = model.model.layers[1].self_attn.k_proj.bias
+    bias.data = bias.data.clone()
+    with pytest.raises(AssertionError, match="after it was fused"):
+        three_ways(model, trunk)
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_recomputing_changes_nothing(mode):
     model = build("qwen3", mode)

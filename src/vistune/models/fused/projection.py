@@ -81,6 +81,20 @@ class Projection:
         own = [t.parameter for t in (*self.weights, *self.biases)]
         return own + [t for a in self.adapters for t in (a.down_RI, a.up_OR)]
 
+    @property
+    def holds_parameters(self) -> bool:
+        """Whether trained parameters still are views of what the products read.
+
+        They no longer are when a model was moved, cast or loaded anew after it was fused: it would
+        go on computing with the old numbers.
+        """
+        return all(
+            t.parameter.data_ptr() == whole.data_ptr() + t.start * whole.stride(0) * 4
+            for whole, trained in ((self.weight_OI, self.weights), (self.bias_O, self.biases))
+            for t in trained
+            if whole is not None
+        )
+
     def to_fp8(self, ops: ModuleType) -> None:
         """Replaces the weight by its FP8 form: rounded once, laid out twice.
 

@@ -100,6 +100,9 @@ class FusedTrunk:
         return attention_of
 
     def _open(self, embeds_BTD: Tensor, position_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for layer in self.layers:
+            for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                assert projection.holds_parameters, "moved or loaded anew after it was fused"
         cos, sin = self.rotary(embeds_BTD, position_ids_BT)
         kind = embeds_BTD.device.type
         if torch.is_autocast_enabled(kind):
