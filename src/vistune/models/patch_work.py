@@ -226,8 +226,7 @@ def connector_products(model: NativeVLM) -> tuple[tuple[int, ...], frozenset[int
                     products.append(module.weight.numel())
                 behind_weights |= bool(module._parameters) and module is not branch
             # A matrix of the connector's own (Gemma 3) stands behind the modules in it.
-            for matrix in (p for p in branch.parameters(recurse=False) if p.dim() == 2):
-                if not isinstance(branch, (nn.Linear, nn.Conv2d)):
-                    products.append(matrix.numel())
+            own = [] if isinstance(branch, nn.Linear) else branch.parameters(recurse=False)
+            products += [matrix.numel() for matrix in own if matrix.dim() == 2]
             behind_weights |= bool(branch._parameters)
     return tuple(products), frozenset(first)
