@@ -90,8 +90,9 @@ def write_processor(
     """
     assert encoder.layout is not None
     encoder.tokenizer.save_pretrained(folder)
-    template = chat_template(encoder, image_text=model.family.image_marks[0])
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if not encoder.template.both_ways:  # PaliGemma has none: its processor writes the prompt
+        template = chat_template(encoder, image_text=model.family.image_marks[0])
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(folder / _IMAGE_FILE, encoder.layout.processor)
     if origin is None:
         return

@@ -98,8 +98,9 @@ def _widen(config: Any) -> None:
     text.num_attention_heads = text.num_attention_heads * 64 // old
     # What the tower hands over is as wide as the language model, under a name of each family's own.
     for name in ("out_hidden_size", "hidden_size", "projection_dim"):
-        if getattr(config.vision_config, name, None) == old:
-            setattr(config.vision_config, name, 64)
+        for part in (config.vision_config, config):
+            if getattr(part, name, None) == old:
+                setattr(part, name, 64)
 
 
 def _ids(tokenizer: Any, *names: str) -> list[int]:
