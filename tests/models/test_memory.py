@@ -197,8 +197,8 @@ def test_the_most_bytes_of_a_pass_by_hand(trained):
         return model(torch.zeros(num_rows, 4, requires_grad=not trained))
 
     found = peak_slope(model, run, dtype=torch.float32, at=(64, 128))
-    # Numbers of a row: the input 4, the inner values 16, the output 4 and its gradient 4; on the way
-    # back the sine's gradient 16, the cosine 16 and their product 16 exist at once. The sine itself
+    # Numbers of a row: the input 4, the inner values 16, the output 4 and its gradient 4; on the
+    # way back the sine's gradient 16, the cosine 16 and their product 16 at once. The sine itself
     # is gone by then: what wanted it, if anything, has been computed.
     assert found == 4 * (4 + 16 + 4 + 4 + 16 + 16 + 16)
 
