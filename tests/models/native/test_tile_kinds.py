@@ -285,6 +285,16 @@ def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
     refused(processor, {key: {"shortest_edge": 16}}, "is not given by its")
 
 
+@pytest.mark.skipif("minicpmv4_6" not in TILE_KINDS, reason="this version is the refused one")
+def test_a_version_that_computes_wrongly_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_native("minicpmv4_6", tmp_path / "m")
+    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    with pytest.raises(ModelError, match=r"5\.23"):
+        load_assembled(folder)
+
+
 def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:
     folder = write_native("smolvlm", tmp_path / "m")
     values = json.loads((folder / "preprocessor_config.json").read_text())

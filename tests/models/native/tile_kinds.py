@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from packaging.version import Version
 
 _HALVES = [0.5, 0.5, 0.5]
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -222,3 +223,5 @@ TILE_KINDS: dict[str, dict[str, Any]] = {
         "model_class": "MiniCPMV4_6ForConditionalGeneration",
     },
 }
+if Version(transformers.__version__) < Version("5.23"):
+    del TILE_KINDS["minicpmv4_6"]  # refused there
