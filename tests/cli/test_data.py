@@ -66,7 +66,18 @@ def test_a_clean_file_passes_and_writes_nothing(rows: Path) -> None:
     done = check(rows, "--json", "--deep")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts == {"rows": 1, "usable": 1, "images": 1, "turns": 2, "by_reason": {}}
+    assert facts == {
+        "format": "llava",
+        "path": "rows.json",
+        "rows": 1,
+        "usable": 1,
+        "images": 1,
+        "turns": 2,
+        "by_reason": {},
+        "notes": {},
+        "note_rows": {},
+        "scripts": {"chinese": 1},
+    }
     assert not (rows.parent / "quarantine.jsonl").exists()
 
 

@@ -331,7 +331,7 @@ def test_scripts_and_answers_that_stop(tmp_path: Path) -> None:
         max_tokens=4000,
         overlong="error",
     )
-    assert report.scripts == {"latin": 4, "chinese": 1, "japanese": 1, "cyrillic": 1}
+    assert report.scripts == {"latin": 3, "chinese": 1, "japanese": 1, "cyrillic": 1, "none": 1}
     assert report.notes == {"answer_seems_cut_off": 1}
     assert report.note_rows["answer_seems_cut_off"] == ["train.jsonl:6 (id train:5)"]
 

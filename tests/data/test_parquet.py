@@ -108,9 +108,9 @@ def test_a_file_is_unpacked_once_and_anew_when_it_changes(tmp_path: Path) -> Non
     path = write(tmp_path / "t.parquet", [{"conversations": talk("Hi", "one")}])
     cache = tmp_path / "cache" / "vistune" / "rows"
     assert opened(path, "llava").read(0).turns[1].text == "one"
-    before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    before = {file: file.stat().st_ino for file in cache.iterdir()}
     assert opened(path, "llava").read(0).turns[1].text == "one"
-    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == before
+    assert {file: file.stat().st_ino for file in cache.iterdir()} == before
     write(path, [{"conversations": talk("Hi", "two")}])
     os.utime(path, ns=(1, 1))
     assert opened(path, "llava").read(0).turns[1].text == "two"

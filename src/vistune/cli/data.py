@@ -10,33 +10,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vistune.cli.data_cache import cache
 from vistune.cli.data_convert import convert
+from vistune.cli.data_source import FormatOption, ImagesOption, Target, plain_plan, source_of
 from vistune.cli.data_view import preview, stats
 from vistune.cli.recipe import Overrides
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from vistune.data.check import CheckReport
+    from vistune.data.check_rows import RowsReport
+    from vistune.recipe import SourceConfig
     from vistune.types import Rejected
 
 app = typer.Typer(help="Check datasets and look at them before training.", no_args_is_help=True)
 app.command()(preview)
 app.command()(stats)
 app.command()(convert)
+app.command()(cache)
 _EXAMPLES = 4
 
 
 @app.command()
 def check(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|FILE", help="A recipe, or one dataset file (.json, .jsonl)."
-        ),
-    ],
+    target: Target,
     overrides: Overrides = None,
-    images: Annotated[
-        Path | None, typer.Option(help="With FILE: folder of the images; the file's own if not.")
-    ] = None,
+    format: FormatOption = None,
+    images: ImagesOption = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every image instead of reading its header.")
     ] = False,
@@ -48,16 +49,11 @@ def check(
     """Read every row and say which cannot be used and why.
 
     A recipe's data is checked as its run would: template, tokens and image sizes included. Exit
-    code 1 when more rows are unusable than the recipe allows (with FILE: any).
+    code 1 when more rows are unusable than the recipe allows (with PATH: any).
     """
-    if Path(target).suffix in (".json", ".jsonl"):
-        from vistune.errors import RecipeError
-
-        if overrides:
-            raise RecipeError(
-                "key=value needs a recipe", got=overrides[0], fix="name a recipe instead of a file"
-            )
-        is_good = _check_file(target, images, deep=deep, quarantine=quarantine, as_json=as_json)
+    source = source_of(target, format=format, images=images, overrides=overrides or [])
+    if source is not None:
+        is_good = _check_source(source, deep=deep, quarantine=quarantine, as_json=as_json)
     else:
         is_good = _check_recipe(
             target, overrides or [], deep=deep, quarantine=quarantine, as_json=as_json
@@ -124,17 +120,29 @@ def _print_report(report: CheckReport) -> None:
             ("tokens per row", "  ".join(f"{k} {v:,}" for k, v in spread.items())),
         ]
         print_table("Usable rows", ("", "count"), rows, numbers=1)
-    if len(report.scripts) > 1:
-        total = sum(report.scripts.values())
-        rows = [(name, f"{count / total:.1%}") for name, count in report.scripts.most_common()]
+    _print_scripts(report.scripts)
+    _print_remarks(report.notes, report.note_rows)
+    _print_reasons(report.rejected)
+
+
+def _print_scripts(scripts: Counter[str]) -> None:
+    from vistune.cli.console import print_table
+
+    if len(scripts) > 1:
+        total = sum(scripts.values())
+        rows = [(name, f"{count / total:.1%}") for name, count in scripts.most_common()]
         print_table("Scripts of the text", ("script", "rows"), rows, numbers=1)
-    if report.notes:
+
+
+def _print_remarks(notes: Counter[str], examples: Mapping[str, Sequence[str]]) -> None:
+    from vistune.cli.console import print_table
+
+    if notes:
         rows = [
-            (name, str(count), ", ".join(report.note_rows.get(name, [])))
-            for name, count in report.notes.most_common()
+            (name, str(count), ", ".join(examples.get(name, [])))
+            for name, count in notes.most_common()
         ]
         print_table("Remarks on usable rows", ("remark", "times", "first"), rows, numbers=1)
-    _print_reasons(report.rejected)
 
 
 def _print_reasons(rejected: Sequence[Rejected]) -> None:
@@ -164,54 +172,41 @@ def _put_aside(rejected: Sequence[Rejected], path: Path, *, as_json: bool) -> No
         print(f"unusable rows: {path}")
 
 
-def _check_file(
-    path: str, images: Path | None, *, deep: bool, quarantine: Path, as_json: bool
-) -> bool:
-    """Checks one file's form, turns and images; tokens need a model and are not counted."""
+def _check_source(source: SourceConfig, *, deep: bool, quarantine: Path, as_json: bool) -> bool:
+    """Checks one dataset's form, turns and images; tokens need a model and are not counted."""
+    from vistune.cli.console import progress_bar
+    from vistune.data.check_rows import check_rows
     from vistune.data.formats import open_source
-    from vistune.data.image import ImagePlan, load, probe
-    from vistune.data.rejects import reject
-    from vistune.errors import RowError
-    from vistune.recipe import ImageConfig, SourceConfig
-    from vistune.types import ImageDefaults
 
-    reader = open_source(SourceConfig(path=path, images=None if images is None else str(images)))
-    # Only the limit on pixels matters here; what the tower wants is not known.
-    plan = ImagePlan.resolve(ImageConfig(), ImageDefaults(224, (0.5,) * 3, (0.5,) * 3))
-    rejected: list[Rejected] = []
-    facts = {"rows": len(reader), "usable": 0, "images": 0, "turns": 0}
-    for row in range(len(reader)):
-        row_id = None
-        try:
-            sample = reader.read(row)
-            row_id = sample.id
-            for image in sample.images:
-                if deep:
-                    load(image, plan)
-                else:
-                    probe(image, plan)
-        except RowError as error:
-            rejected.append(reject(error, source=reader.name, where=reader.where(row), id=row_id))
-            continue
-        facts["usable"] += 1
-        facts["images"] += len(sample.images)
-        facts["turns"] += len(sample.turns)
-    _print_file_facts(facts, rejected, as_json=as_json)
-    _put_aside(rejected, quarantine, as_json=as_json)
-    return facts["usable"] > 0 and not rejected
-
-
-def _print_file_facts(
-    facts: Mapping[str, int], rejected: Sequence[Rejected], *, as_json: bool
-) -> None:
+    reader = open_source(source)
+    with progress_bar() as progress:
+        report = check_rows(
+            reader,
+            plain_plan(),
+            deep=deep,
+            progress=lambda done, total: progress("checking rows", done, total),
+        )
     if as_json:
-        reasons: dict[str, int] = {}
-        for row in rejected:
-            reasons[row.reason] = reasons.get(row.reason, 0) + 1
-        print(json.dumps({**facts, "by_reason": reasons}, ensure_ascii=False, indent=2))
-        return
+        facts = {"format": source.format, "path": source.path, **report.to_json()}
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        _print_rows_report(report, source)
+    _put_aside(report.rejected, quarantine, as_json=as_json)
+    return report.num_ok > 0 and not report.rejected
+
+
+def _print_rows_report(report: RowsReport, source: SourceConfig) -> None:
     from vistune.cli.console import print_table
 
-    print_table("", ("", "count"), [(k, f"{v:,}") for k, v in facts.items()], numbers=1)
-    _print_reasons(rejected)
+    facts = {
+        "rows": report.num_rows,
+        "usable": report.num_ok,
+        "images": report.num_images,
+        "turns": report.num_turns,
+    }
+    rows = [("format", source.format), *((name, f"{value:,}") for name, value in facts.items())]
+    print_table("", ("", "count"), rows, numbers=1)
+    _print_scripts(report.scripts)
+    _print_remarks(report.notes, report.note_rows)
+    _print_reasons(report.rejected)
     print("tokens are counted when a recipe is checked: vistune data check RECIPE")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vistune.cli.data_source import Format, ImagesOption
+from vistune.cli.data_source import Format, ImagesOption, dataset_of
 
 if TYPE_CHECKING:
     from vistune.data.convert import Conversion
@@ -18,7 +18,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="The dataset to read.")],
     output: Annotated[Path, typer.Argument(help="The file or folder to write.")],
     to: Annotated[Format, typer.Option("--to", "-t", help="Format to write.")],
-    format: Annotated[Format, typer.Option("--from", "-f", help="Format to read.")] = Format.LLAVA,
+    format: Annotated[
+        Format | None,
+        typer.Option("--from", "-f", help="Format to read; found out when left out."),
+    ] = None,
     images: ImagesOption = None,
     images_to: Annotated[
         Path | None,
@@ -40,15 +43,10 @@ def convert(
     """
     from vistune.cli.console import progress_bar
     from vistune.data.convert import convert as convert_source
-    from vistune.recipe import SourceConfig
 
     with progress_bar() as progress:
         result = convert_source(
-            SourceConfig(
-                path=source,
-                format=format.value,
-                images=None if images is None else str(images),
-            ),
+            dataset_of(source, format=format, images=images),
             output,
             to=to.value,
             images_to=images_to,

@@ -10,15 +10,18 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from vistune.data.cache import cache_folder, write_once
+from vistune.data.kept import Hold, tidy
 from vistune.errors import DataError, MissingExtraError, RowError
 
 _MAGIC = b"PAR1"
 _BATCH_ROWS = 32
+_POLL_S = 0.05
 
 
 def is_parquet(path: Path) -> bool:
@@ -48,7 +51,9 @@ class ParquetRows:
         files = _files(path) if path.is_dir() else [path]
         files = [file for file in files if is_parquet(file)]
         self._names = [file.name for file in files]
-        self._unpacked = [_unpack(file) for file in files]
+        held = [_unpack(file) for file in files]
+        self._unpacked = [file for file, _ in held]
+        self._holds = [hold for _, hold in held]
         self._starts = [0]  # first row of every batch, all files end to end
         self._batches: list[tuple[int, int]] = []  # file and batch in it
         self._file_starts: list[int] = []
@@ -109,8 +114,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix == ".parquet")
 
 
-def _unpack(path: Path) -> Path:
-    """Returns the Arrow file of a Parquet file, from the cache when it is there."""
+def _unpack(path: Path) -> tuple[Path, Hold]:
+    """Returns the Arrow file of a Parquet file, from the cache when it is there, and its hold."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -129,8 +134,18 @@ def _unpack(path: Path) -> Path:
                 for batch in itertools.chain([] if first is None else [first], batches):
                     writer.write_batch(batch)
 
+    file = cache_folder("rows") / f"{name}.arrow"
+    is_new = not file.exists()
     try:
-        return write_once(cache_folder("rows") / f"{name}.arrow", write)
+        while True:
+            try:
+                hold = Hold(write_once(file, write))
+            except (FileNotFoundError, BlockingIOError):
+                time.sleep(_POLL_S)  # it is being removed
+                continue
+            if is_new:
+                tidy()
+            return file, hold
     except pa.ArrowException as error:
         raise DataError(
             f"the Parquet file cannot be read: {error}",

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vistune.data.cache import cache_folder, file_mark, write_once
+from vistune.data.kept import Hold
 from vistune.errors import DataError, RowError
 
 _BLOCK_BYTES = 1 << 24
@@ -49,6 +50,7 @@ class JsonRows:
     stops: npt.NDArray[np.int64]
     lines: npt.NDArray[np.int64] | None
     _map: mmap.mmap | None = field(default=None, repr=False)
+    _hold: Hold | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._name = self.path.name
@@ -135,6 +137,7 @@ def _kept_rows(path: Path, max_rows: int | None) -> JsonRows:
     name = hashlib.blake2b(mark.encode(), digest_size=12).hexdigest()
     file = cache_folder("rows") / f"{name}.npy"
     try:
+        hold = Hold(file)
         places = np.load(file, mmap_mode="r")
     except (OSError, ValueError):
         file.unlink(missing_ok=True)
@@ -144,7 +147,8 @@ def _kept_rows(path: Path, max_rows: int | None) -> JsonRows:
             columns.append(found.lines)
         write_once(file, lambda out: np.save(out, np.stack(columns)))
         return found
-    return JsonRows(path, places[0], places[1], places[2] if len(places) > 2 else None)
+    lines = places[2] if len(places) > 2 else None
+    return JsonRows(path, places[0], places[1], lines, _hold=hold)
 
 
 def _found_rows(path: Path, max_rows: int | None) -> JsonRows:

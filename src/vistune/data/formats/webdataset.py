@@ -2,7 +2,8 @@ r"""WebDataset: tar files in which members of one name, endings aside, are one r
 
     shard-000.tar: 0001.jpg 0001.txt 0002.jpg 0002.json ...
 
-`path` is a tar file, or a folder whose `.tar` files are the shards. The key of a row is the
+`path` is a tar file, a folder whose `.tar` files are the shards, or shards with wildcards
+(`train-*.tar`, `train-{000..127}.tar`). The key of a row is the
 member's path up to the first dot of its file name; what follows is the ending. Members of one row
 stand together. A row is
 
@@ -31,6 +32,7 @@ from vistune.data.formats.base import conversation, row_id
 from vistune.data.formats.captions import captioned
 from vistune.data.formats.image_folder import IMAGE_SUFFIXES
 from vistune.data.formats.json_rows import RowContent
+from vistune.data.formats.paths import files_of
 from vistune.data.image_file import read_bytes
 from vistune.errors import DataError, RowError
 from vistune.recipe import SourceConfig
@@ -70,7 +72,7 @@ class WebDatasetReader:
                 fix="leave data.train[].images out",
             )
         self.name = config.name or root.stem
-        self._shards = [path.resolve() for path in _shards(root)]
+        self._shards = [path.resolve() for path in _shards(config.path)]
         # Flat arrays: a million rows cost no Python object each, and forked workers share them.
         self._names = bytearray()
         self._name_ends = array("q", [0])
@@ -215,14 +217,14 @@ def _text(member: _Member) -> str:
         ) from error
 
 
-def _shards(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    found = sorted(root.glob("*.tar")) if root.is_dir() else []
-    if not found:
+def _shards(name: str) -> list[Path]:
+    root = Path(name)
+    found = sorted(root.glob("*.tar")) if root.is_dir() else files_of(name)
+    missing = next((path for path in found if not path.is_file()), None)
+    if not found or missing is not None:
         raise DataError(
             "no tar file is there",
-            where=str(root),
+            where=str(missing or name),
             fix="name a tar file, or a folder with some, as data.train[].path",
         )
     return found

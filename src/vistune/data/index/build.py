@@ -108,7 +108,10 @@ class Build:
             if not claim.take():
                 time.sleep(_POLL_S)
                 continue
-            parts = [SourceIndex.load(self.parts / f"done-{k}") for k in range(self.num_units)]
+            parts = [
+                SourceIndex.load(self.parts / f"done-{k}", mapped=False)
+                for k in range(self.num_units)
+            ]
             _write_folder(self.folder, SourceIndex.joined(parts), meta=self.meta)
             del parts
             shutil.rmtree(self.parts, ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vistune.data.kept import Hold
 from vistune.types import Rejected
 
 _META, _REJECTED = "meta.json", "rejected.jsonl"
@@ -91,6 +92,7 @@ class SourceIndex:
         note_names: What the bits of `columns.notes` mean.
         num_tokenised: Rows that had to be tokenised to be counted.
         folder: Where it is kept; None for one that is not.
+        hold: Keeps it from being removed while it is mapped.
     """
 
     columns: RowColumns
@@ -98,6 +100,7 @@ class SourceIndex:
     note_names: tuple[str, ...]
     num_tokenised: int = 0
     folder: Path | None = None
+    hold: Hold | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def joined(cls, parts: Sequence[SourceIndex]) -> SourceIndex:
@@ -147,18 +150,23 @@ class SourceIndex:
         (folder / _META).write_text(json.dumps({**(meta or {}), **own}, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> SourceIndex:
+    def load(cls, folder: Path, *, mapped: bool = True) -> SourceIndex:
         """Opens an index; its arrays are mapped and read when they are looked at.
+
+        Args:
+            folder: The folder.
+            mapped: False reads them now: every mapped array costs a file descriptor.
 
         Raises:
             OSError: A file is not there.
             ValueError: A file is damaged.
         """
+        hold = Hold(folder / _META) if mapped else None
         meta = json.loads((folder / _META).read_text())
         # Arrays of nothing cannot be mapped.
         columns = RowColumns(
             **{
-                name: np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)
+                name: np.load(path, mmap_mode="r" if mapped and path.stat().st_size > 128 else None)
                 for name, path in ((name, folder / f"{name}.npy") for name in RowColumns.names())
             }
         )
@@ -169,7 +177,8 @@ class SourceIndex:
                 content = json.loads(line)
                 row = content.pop("row")
                 rejected[row] = Rejected(**content)
-        return cls(columns, rejected, tuple(meta["note_names"]), meta["num_tokenised"], folder)
+        names, tokenised = tuple(meta["note_names"]), meta["num_tokenised"]
+        return cls(columns, rejected, names, tokenised, folder, hold)
 
 
 @dataclass

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from vistune.data.cache import file_mark
 from vistune.data.encode import Encoder
+from vistune.data.formats.paths import files_of
 from vistune.recipe import SourceConfig
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Raised when what stands in an index changes."""
 
 
@@ -32,7 +32,7 @@ def source_key(source: SourceConfig, encoder: Encoder, *, deep: bool) -> str:
     """
     content = {
         "layout": _LAYOUT,
-        "file": file_mark(Path(source.path)),
+        "file": [file_mark(path) for path in files_of(source.path)],
         "path": os.path.realpath(source.path),
         "images": source.images and os.path.realpath(source.images),
         "source": source.model_dump(

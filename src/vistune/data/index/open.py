@@ -15,6 +15,7 @@ from vistune.data.index.build import Build, build
 from vistune.data.index.columns import RowColumns, SourceIndex
 from vistune.data.index.key import source_key
 from vistune.data.index.scan import RowScan
+from vistune.data.kept import tidy
 from vistune.recipe import SourceConfig
 
 _ROWS_WORTH_KEEPING = 4_096
@@ -78,13 +79,17 @@ def index_source(
             start_frac=rank / world_size,
         )
         build(task, workers=workers, progress=progress)
-        return SourceIndex.load(folder)
+        made = SourceIndex.load(folder)
+        tidy()
+        return made
     return _looked_again(kept, scan)
 
 
 def _kept(folder: Path) -> SourceIndex | None:
     try:
         return SourceIndex.load(folder)
+    except BlockingIOError:
+        return None  # it is being removed
     except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or not there: it is made (again)
         return None

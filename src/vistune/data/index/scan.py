@@ -92,7 +92,7 @@ class RowScan:
             id = None if sample is None else sample.id
             name, where = self.reader.name, self.reader.where(row)
             draft.rejected[number] = reject(error, source=name, where=where, id=id)
-            id_hash = 0 if id is None else _hash(id.encode("utf-8", "surrogatepass"))
+            id_hash = 0 if id is None else hash64(id.encode("utf-8", "surrogatepass"))
             draft.values.append((0, 0, 0, 0, 0, 0, id_hash, 0))
             draft.num_images.append(0)
 
@@ -114,25 +114,24 @@ class RowScan:
         text = "\n".join(texts)
         if self.encoder.special_text(text):
             notes.append("special_token_in_text")
-        if _seems_cut_off(texts[-1]):
+        if seems_cut_off(texts[-1]):
             notes.append("answer_seems_cut_off")
-        names = "\0".join([image.name for image in sample.images])
         draft.values.append(
             (
                 1,
                 draft.bits(notes) if notes else 0,
-                1 if text.isascii() else _script(text),
+                script_of(text),
                 counts.text_tokens,
                 counts.image_tokens,
                 counts.target_tokens,
-                _hash(sample.id.encode("utf-8", "surrogatepass")),
-                _hash(f"{names}\0{text}".encode("utf-8", "surrogatepass")),
+                hash64(sample.id.encode("utf-8", "surrogatepass")),
+                content_hash(sample, text),
             )
         )
         draft.num_images.append(len(sizes))
         draft.sizes += sizes
         if self.deep:
-            draft.image_names += [_hash(_content_name(image)) for image in sample.images]
+            draft.image_names += [hash64(content_name(image)) for image in sample.images]
             draft.image_hashes += hashes
 
     def _prove(
@@ -166,23 +165,39 @@ def look_of(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _content_name(image: ImageRef) -> bytes:
+def content_name(image: ImageRef) -> bytes:
+    """Returns what tells the file of an image from other files."""
     if image.content is not None:
         return image.content
     name = os.fsencode(image.path)
     return name if image.span is None else name + repr(image.span).encode()
 
 
-def _hash(content: bytes) -> int:
+def content_hash(sample: Sample, text: str) -> int:
+    """Returns 64 bits that are equal for equal conversations about the same image names.
+
+    Args:
+        sample: A row.
+        text: Its turns' texts, a line each.
+    """
+    names = "\0".join([image.name for image in sample.images])
+    return hash64(f"{names}\0{text}".encode("utf-8", "surrogatepass"))
+
+
+def hash64(content: bytes) -> int:
+    """Returns 64 bits that are equal for equal content."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _seems_cut_off(answer: str) -> bool:
-    # A long answer that stops without any mark. Short ones often have none.
+def seems_cut_off(answer: str) -> bool:
+    """Says whether an answer is long and stops without any mark. Short ones often have none."""
     return len(answer) > _LONG_ANSWER_CHARS and answer.rstrip()[-1:] not in _ENDINGS
 
 
-def _script(text: str) -> int:
+def script_of(text: str) -> int:
+    """Returns the number in `SCRIPTS` of the script that most of a text is written in."""
+    if text.isascii():
+        return 1 if _LATIN.search(text) else 0
     letters = {name: len(chars.findall(text)) for name, chars in _SCRIPT_CHARS.items()}
     # Japanese is written with Chinese characters too; kana decide. A Chinese character stands for
     # about a word of Latin letters.
@@ -195,4 +210,12 @@ def _script(text: str) -> int:
     return SCRIPTS.index(best) if letters[best] > 0 else 0
 
 
-__all__ = ["RowScan", "look_of"]
+__all__ = [
+    "RowScan",
+    "content_hash",
+    "content_name",
+    "hash64",
+    "look_of",
+    "script_of",
+    "seems_cut_off",
+]
