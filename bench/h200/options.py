@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "offload": (
         "7b",
         {
-            "nothing offloaded": (),
+            "nothing": (),
             "optimizer": ("train.offload.optimizer=true",),
             "32 layers recomputed": ("train.checkpoint_layers=32",),
             "32 recomputed, inputs offloaded": (

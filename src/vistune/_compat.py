@@ -28,6 +28,7 @@ __all__ = [
     "computed_buffers",
     "decoder_of",
     "embedding_scale",
+    "opaque",
     "register_attention",
     "sdpa_attention_forward",
     "set_recompute",
@@ -270,6 +271,16 @@ def varlen_attention(
     )
     assert isinstance(out, Tensor)
     return out
+
+
+def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that torch's compiler calls as it is and never looks into."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    hidden: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return hidden
 
 
 def compiled_flex_attention() -> Callable[..., Any]:

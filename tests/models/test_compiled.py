@@ -7,6 +7,7 @@ import torch
 from tiny_parts import composed, row
 
 from vistune.errors import ModelError
+from vistune.models.attention.install import install_attention
 from vistune.models.compiled import compile_blocks
 from vistune.models.fused.install import install_fused
 from vistune.models.tune import apply_tuning
@@ -24,6 +25,11 @@ def test_compiled_blocks_give_the_same(tmp_path: Path, fused: bool) -> None:
         model.train()
         install_fused(model, mode="on" if fused else "off", fp8=False)
         if compiled:
+            install_attention(
+                model, wanted="auto", dtype=torch.float32, device=torch.device("cpu"), opaque=True
+            )
+            name = model.language_model.config._attn_implementation
+            assert name == "vistune_packed_each_opaque"
             said = compile_blocks(model, mode="blocks", fused=fused, backend="eager")
             blocks = "2 tower blocks; rows of any length"
             assert said == f"compiled: {'' if fused else '2 decoder layers, '}{blocks}"
@@ -40,3 +46,5 @@ def test_padding_for_nothing_is_refused(tmp_path: Path) -> None:
     model, _ = composed(tmp_path)
     with pytest.raises(ModelError, match="run fused"):
         compile_blocks(model, mode="static_blocks", fused=True)
+    with pytest.raises(ModelError, match="compiled by itself"):
+        compile_blocks(model, mode="blocks", fused=False, attention="flex")

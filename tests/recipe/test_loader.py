@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vistune.errors import RecipeError
-from vistune.recipe import load_recipe, shipped_recipes
+from vistune.recipe import TrainConfig, load_recipe, shipped_recipes
 from vistune.recipe.loader import find_recipe
 
 MINIMAL = """\
@@ -340,3 +340,9 @@ def test_long_values_are_cut(tmp_path: Path) -> None:
 def test_from_checkpoint_and_parts_together(tmp_path: Path) -> None:
     text = failure(write(tmp_path, MINIMAL), "model.from_checkpoint=runs/x")
     assert "leave out ['language_model', 'vision_tower']" in text
+
+
+@pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("'off'", "off")])
+def test_train_fused_reads_on_and_off_as_yaml_gives_them(written: str, read: str) -> None:
+    train = TrainConfig.model_validate({"steps": 1, **yaml.safe_load(f"fused: {written}")})
+    assert train.fused == read

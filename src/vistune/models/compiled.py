@@ -14,7 +14,12 @@ CompileMode = Literal["blocks", "static_blocks"]
 
 
 def compile_blocks(
-    model: TunableModel, *, mode: CompileMode, fused: bool, backend: str = "inductor"
+    model: TunableModel,
+    *,
+    mode: CompileMode,
+    fused: bool,
+    attention: str = "sdpa",
+    backend: str = "inductor",
 ) -> str:
     """Compiles a model's blocks in place; each is compiled at its first use.
 
@@ -22,6 +27,7 @@ def compile_blocks(
         model: On its device, ready to train.
         mode: `train.compile` of the recipe.
         fused: Whether the decoder's layers run fused: they are functions of their own then.
+        attention: Name of the decoder's attention; it was registered as opaque.
         backend: Torch's compiler backend.
 
     Returns:
@@ -35,6 +41,12 @@ def compile_blocks(
             "static_blocks pads rows for decoder layers that are compiled, and these run fused",
             where="train.compile",
             fix="set train.compile=blocks for the tower alone, or train.fused=off",
+        )
+    if not fused and attention == "flex":
+        raise ModelError(
+            "attention 'flex' is compiled by itself, which blocks compiled around it would undo",
+            where="train.compile",
+            fix="set train.attention=sdpa, or train.compile=false",
         )
     said = []
     decoder: list[nn.Module] = [] if fused else layers_of(model, "language")

@@ -54,10 +54,14 @@ class InputStore:
         Args:
             input_: The layer's input.
         """
+        # Autograd holds `pack` for as long as what was saved: it must not hold the input itself.
+        address, shape = input_.data_ptr(), input_.shape
 
         def pack(tensor: Tensor) -> Tensor | _Moved:
-            same = tensor.data_ptr() == input_.data_ptr() and tensor.shape == input_.shape
-            return self._store(tensor.detach()) if same else tensor
+            # Detached: a result that is saved with its graph would keep itself alive for ever.
+            found = tensor.detach()
+            same = found.data_ptr() == address and found.shape == shape
+            return self._store(found) if same else found
 
         def unpack(packed: Tensor | _Moved) -> Tensor:
             return self._take(packed) if isinstance(packed, _Moved) else packed

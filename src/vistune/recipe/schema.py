@@ -315,15 +315,17 @@ class TrainConfig(Section):
     attention: Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"] = "auto"
     """How attention over packed rows is computed. `varlen`: torch's own kernel (CUDA and ROCm, 16
     bit). `cudnn`: cuDNN's kernels for ragged rows, about a third faster on Hopper (package
-    nvidia-cudnn-frontend, extra `cudnn`; heads of up to 128). `flex`: torch's FlexAttention, compiled (CUDA; also capped scores). `sdpa`: one call for
-    each sample, everywhere. `npu`: Ascend's fused attention. `flash_attn`: the package of that name
-    (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at the
-    start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
+    nvidia-cudnn-frontend, extra `cudnn`). `flex`: torch's FlexAttention, compiled (CUDA; also
+    capped scores). `sdpa`: one call for each sample, everywhere. `npu`: Ascend's fused attention
+    (written against its interface, never run on the device). `flash_attn`: the package of that
+    name (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at
+    the start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
     tower, whose images are a plain batch, takes the one named here where it can."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
     """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where
     Triton runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed
-    and runs, said when not. Numbers differ by rounding: 1e-5 in fp32, 2e-2 of the largest in bf16."""
+    and runs, said when not. Numbers differ by rounding: 1e-5 in fp32, 2e-2 of the largest in
+    bf16."""
     compile: Literal[False, "blocks", "static_blocks"] = False
     """torch.compile. `blocks`: each decoder layer that does not run fused, and each block of the
     tower; rows may have any length. `static_blocks`: the same, with every row padded to
@@ -335,6 +337,12 @@ class TrainConfig(Section):
     has not, which can be faster by themselves."""
     threads: PositiveInt | None = None
     """CPU threads for arithmetic; torch's own choice when left out."""
+
+    @field_validator("fused", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: object) -> object:
+        """YAML reads on and off without quotes as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -52,7 +52,9 @@ def set_up_engine(
     say(str(kernels))
     compiled = ""
     if train.compile:
-        compiled = compile_blocks(model, mode=train.compile, fused=runs_fused)
+        compiled = compile_blocks(
+            model, mode=train.compile, fused=runs_fused, attention=attention.language.name
+        )
     return {
         "attention": attention.to_json(),
         "layers": layers,
@@ -83,6 +85,7 @@ def _set_up_layers(
         dtype=device.dtype,
         device=device.torch_device,
         drops_weights=language.mode != "freeze",
+        opaque=bool(train.compile),
     )
     layers = install_fused(
         model,

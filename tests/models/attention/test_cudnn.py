@@ -55,7 +55,9 @@ class TestOnHopper:
     pytestmark = gpu
 
     @pytest.mark.parametrize("joined", [True, False])
-    @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (8, 2, 64), (6, 1, 96)])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "width"), [(4, 4, 128), (8, 2, 64), (6, 1, 96), (8, 1, 256)]
+    )
     def test_equals_the_varlen_kernel(
         self, heads: int, kv_heads: int, width: int, joined: bool
     ) -> None:

@@ -10,6 +10,7 @@ from tiny_parts import composed, packed_logits, row
 from torch import nn
 
 from vistune.errors import DeviceError, ModelError
+from vistune.models.attention import register_packed_attention
 from vistune.models.attention.install import install_attention
 from vistune.models.attention.interface import register_row_attention, row_attention
 from vistune.models.attention.npu import NpuFusion
@@ -89,3 +90,30 @@ def test_padded_rows_of_a_tower_are_left_to_sdpa() -> None:
         query[1:], key[1:, :, :3], value[1:, :, :3]
     ).transpose(1, 2)
     torch.testing.assert_close(out[1:], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl"])
+def test_a_model_of_transformers_own_takes_a_backend_by_name(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "native"))
+    from native_dirs import write_native
+    from test_native import run, sample_of
+
+    from vistune.assembly import load_assembled
+
+    fake = FakeNpu()
+    torch.manual_seed(0)
+    loaded = load_assembled(write_native(kind, tmp_path / "model"))
+    samples = [sample_of(loaded.encoder, (50, 90)), sample_of(loaded.encoder, text="how?")]
+    done = install_attention(loaded.model, wanted="auto", dtype=torch.float32, device=CPU)
+    assert done.language.name == "sdpa"
+    monkeypatch.setitem(sys.modules, "torch_npu", fake)
+    monkeypatch.setattr(NpuFusion, "refusal", lambda *_: None)
+    with torch.no_grad():
+        before, _ = run(loaded.model, samples)
+        text = loaded.model.inner.config.get_text_config()  # type: ignore[union-attr]
+        text._attn_implementation = register_packed_attention("npu")
+        after, _ = run(loaded.model, samples)
+    assert fake.calls and all(len(call["ends"]) == 2 for call in fake.calls)
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)

@@ -67,6 +67,7 @@ def install_attention(
     dtype: torch.dtype,
     device: torch.device,
     drops_weights: bool = True,
+    opaque: bool = False,
 ) -> InstalledAttention:
     """Chooses and sets attention for every part of a model that takes it from transformers.
 
@@ -76,6 +77,7 @@ def install_attention(
         dtype: Format of the arithmetic.
         device: Where it will run.
         drops_weights: Whether the language model trains, so that its dropout acts.
+        opaque: Keep torch's compiler out of it, for layers that are compiled around it.
 
     Raises:
         DeviceError: The one asked for cannot serve the language model.
@@ -98,7 +100,7 @@ def install_attention(
     needs = _needs(configs, dtype, drops_weights=drops_weights)
     choice = choose_attention(wanted, support, needs)
     assert choice.name != "own"
-    registered = register_packed_attention(choice.name)
+    registered = register_packed_attention(choice.name, opaque=opaque)
     for config in configs:
         config._attn_implementation = registered
     return InstalledAttention(choice, vision, backend_of(choice.name))

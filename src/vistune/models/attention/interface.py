@@ -52,17 +52,20 @@ _HARMLESS = frozenset(
 )
 
 
-def register_packed_attention(name: BackendName = "auto") -> str:
+def register_packed_attention(name: BackendName = "auto", *, opaque: bool = False) -> str:
     """Makes a backend known to transformers (again is harmless) and returns its name there.
 
     Args:
         name: The backend; `auto` takes what suits each call.
+        opaque: Keep torch's compiler out of it, for layers that are compiled around it.
 
     Raises:
         MissingExtraError: Its package is not installed.
     """
-    _compat.register_attention(_NAMES[name], partial(packed_attention, backend=backend_of(name)))
-    return _NAMES[name]
+    attention = partial(packed_attention, backend=backend_of(name))
+    registered = _NAMES[name] + ("_opaque" if opaque else "")
+    _compat.register_attention(registered, _compat.opaque(attention) if opaque else attention)
+    return registered
 
 
 def register_row_attention(name: BackendName) -> str:
@@ -74,7 +77,7 @@ def register_row_attention(name: BackendName) -> str:
 
 def is_packed_name(name: object) -> bool:
     """Whether attention registered under a name keeps the samples of packed rows apart."""
-    return name in _NAMES.values()
+    return isinstance(name, str) and name.removesuffix("_opaque") in _NAMES.values()
 
 
 def packing_mask(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
