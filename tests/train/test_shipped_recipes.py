@@ -1,15 +1,23 @@
 """Every shipped recipe trains two steps: its own tuning, template and schedule on tiny weights."""
 
 import json
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "native"))
+
 import pytest
+from native_dirs import write_native
 from rich.console import Console
 
 from vistune.recipe import load_recipe, shipped_recipes
 from vistune.train import train
 
 QUIET = Console(quiet=True)
+
+
+NATIVE = {"native/qwen2.5-vl-3b-lora": "qwen2_5_vl", "native/smolvlm-lora": "smolvlm"}
+"""Which of transformers' own models a recipe is for."""
 
 
 def tiny_settings(tiny: Path, name: str, run_dir: Path, stage1: Path | None) -> list[str]:
@@ -28,7 +36,11 @@ def tiny_settings(tiny: Path, name: str, run_dir: Path, stage1: Path | None) -> 
         "sample.images=[]",
     ]
     settings.append("batch.tokens=256" if recipe.batch.tokens else "batch.samples=4")
-    if recipe.model.from_checkpoint is None:
+    if name in NATIVE:
+        model = run_dir.with_name("native")
+        write_native(NATIVE[name], model)
+        settings += [f"model.from_checkpoint={model}", "batch.max_tokens=512"]
+    elif recipe.model.from_checkpoint is None:
         settings += [
             f"model.vision_tower.path={tiny / 'clip'}",
             f"model.language_model.path={tiny / 'llama'}",

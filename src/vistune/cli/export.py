@@ -26,7 +26,8 @@ def export(
     to: Annotated[
         Target,
         typer.Option(
-            help="hf: transformers' LLaVA directory; adapter: PEFT adapter and connector; vistune:"
+            help="hf: a transformers directory (LLaVA, or the model's own class); adapter: PEFT"
+            " adapter and connector; vistune:"
             " one self-describing directory, for every model; native: the public layout of a family"
             " (CogVLM2, VisualGLM, MGM); sat: VisualGLM for SwissArmyTransformer;"
             " llava: the original LLaVA's layout; xtuner: XTuner's projector and adapters."

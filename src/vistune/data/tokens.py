@@ -165,8 +165,9 @@ def overlong_error(
     return RowError(
         f"{images if num_images else ''}{text_tokens:,} text tokens > {max_tokens:,}",
         reason="overlong",
-        fix="raise batch.max_tokens or shrink images (data.image.size_px); data.overlong=drop,"
-        " drop_turn or truncate_text goes on without",
+        fix="raise batch.max_tokens or shrink images (data.image.size_px; data.image.max_tokens for"
+        " models of images of any size); data.overlong=drop, drop_turn or truncate_text goes on"
+        " without",
     )
 
 
