@@ -157,6 +157,47 @@ def _write_mgm(folder: Path, *, hd: bool, inner: int) -> None:
     byte_tokenizer(specials, bos="<bos>", eos="<eos>").save_pretrained(folder)
 
 
+_CLIP = "model.vision_tower.vision_tower.vision_model."
+_AUX = "model.vision_tower_aux.vision_"
+_OF_THE_BIN = ("mm_projector", "vlm_uni", "vision_tower")
+
+
+def write_mgm_parts(root: Path) -> None:
+    """Writes an MGM (`whole/`), and the four things it is made of, each as it is published.
+
+    `gemma/`, `clip/` and `aux/` are the models it is put together from, `mm_projector.bin` is what
+    MGM's first stage leaves behind.
+    """
+    whole = write_family("mgm-2b", root / "whole")
+    tensors = load_file(whole / "model.safetensors")
+    settings = json.loads((whole / "config.json").read_text())
+    gemma, clip, aux = (root / name for name in ("gemma", "clip", "aux"))
+    for folder in (gemma, clip, aux):
+        folder.mkdir()
+    for file in whole.glob("tokenizer*"):
+        shutil.copy(file, gemma)
+    towers = ("vision_tower", "mm_", "image_")
+    text = {k: v for k, v in settings.items() if not k.startswith(towers)}
+    text |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
+    (gemma / "config.json").write_text(json.dumps(text))
+    own = {n: t for n, t in tensors.items() if not any(part in n for part in _OF_THE_BIN)}
+    save_file(own, gemma / "model.safetensors")
+    vision = {k: v for k, v in settings["vision_tower"].items() if not k.startswith("mm_")}
+    (clip / "config.json").write_text(json.dumps({**vision, "model_type": "clip_vision_model"}))
+    of_clip = {n.removeprefix(_CLIP): t for n, t in tensors.items() if n.startswith(_CLIP)}
+    extra = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(())}
+    save_file(
+        {**{f"vision_model.{n}": t for n, t in of_clip.items()}, **extra},
+        clip / "model.safetensors",
+    )
+    trunk = {n.removeprefix(_AUX): t for n, t in tensors.items() if n.startswith(_AUX)}
+    others = {"visual.trunk.head.norm.weight": torch.ones(2), "text.positional": torch.ones(2)}
+    trunk = {f"visual.trunk.{n}": t for n, t in trunk.items()}
+    torch.save({**trunk, **others}, aux / "open_clip_pytorch_model.bin")
+    left = {n: t for n, t in tensors.items() if any(part in n for part in _OF_THE_BIN)}
+    torch.save(left, root / "mm_projector.bin")
+
+
 def byte_tokenizer(specials: dict[str, int], *, bos: str, eos: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose special tokens have given ids."""
     vocab = dict(specials)

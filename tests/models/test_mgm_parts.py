@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_dirs import write_family, write_pictures
+from family_dirs import write_mgm_parts, write_pictures
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vistune.assembly import build, draw, load_assembled
@@ -22,44 +21,13 @@ from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
 
-_CLIP = "model.vision_tower.vision_tower.vision_model."
-_AUX = "model.vision_tower_aux.vision_"
-_OF_THE_BIN = ("mm_projector", "vlm_uni", "vision_tower")
-
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MGM, and the four things it is made of, each as it is published."""
     root = tmp_path_factory.mktemp("mgm")
     write_pictures(root / "pictures")
-    whole = write_family("mgm-2b", root / "whole")
-    tensors = load_file(whole / "model.safetensors")
-    settings = json.loads((whole / "config.json").read_text())
-    gemma, clip, aux = (root / name for name in ("gemma", "clip", "aux"))
-    for folder in (gemma, clip, aux):
-        folder.mkdir()
-    for file in whole.glob("tokenizer*"):
-        shutil.copy(file, gemma)
-    towers = ("vision_tower", "mm_", "image_")
-    text = {k: v for k, v in settings.items() if not k.startswith(towers)}
-    text |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
-    (gemma / "config.json").write_text(json.dumps(text))
-    own = {n: t for n, t in tensors.items() if not any(part in n for part in _OF_THE_BIN)}
-    save_file(own, gemma / "model.safetensors")
-    vision = {k: v for k, v in settings["vision_tower"].items() if not k.startswith("mm_")}
-    (clip / "config.json").write_text(json.dumps({**vision, "model_type": "clip_vision_model"}))
-    of_clip = {n.removeprefix(_CLIP): t for n, t in tensors.items() if n.startswith(_CLIP)}
-    extra = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(())}
-    save_file(
-        {**{f"vision_model.{n}": t for n, t in of_clip.items()}, **extra},
-        clip / "model.safetensors",
-    )
-    trunk = {n.removeprefix(_AUX): t for n, t in tensors.items() if n.startswith(_AUX)}
-    others = {"visual.trunk.head.norm.weight": torch.ones(2), "text.positional": torch.ones(2)}
-    trunk = {f"visual.trunk.{n}": t for n, t in trunk.items()}
-    torch.save({**trunk, **others}, aux / "open_clip_pytorch_model.bin")
-    left = {n: t for n, t in tensors.items() if any(part in n for part in _OF_THE_BIN)}
-    torch.save(left, root / "mm_projector.bin")
+    write_mgm_parts(root)
     return root
 
 

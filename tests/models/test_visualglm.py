@@ -9,8 +9,10 @@ from visualglm_case import REL, load_arrays, load_model, public_tensors, relativ
 from vistune.errors import ModelError
 from vistune.models.chatglm.attention import prefix_mask, rotary_tables
 from vistune.models.chatglm.positions import padded_positions
+from vistune.models.tune import apply_tuning
 from vistune.models.visualglm import VisualGLMConfig, VisualGLMForConditionalGeneration
 from vistune.models.visualglm.keys import hf_map, sat_map
+from vistune.recipe import load_recipe
 
 
 def test_forward_and_gradients_equal_the_reference() -> None:
@@ -105,6 +107,13 @@ def test_public_parameter_counts(vocab_size: int, extra: int) -> None:
     unread = sat_map(model.config).unread["transformer.position_embeddings.weight"]
     assert unread.make is not None
     assert count(model) + unread.make().numel() == 7_810_582_016 + extra
+
+
+def test_public_lora_trains_the_public_number_of_weights() -> None:
+    tune = load_recipe("visualglm/fewshot-lora").recipe.tune
+    with torch.device("meta"):
+        model = VisualGLMForConditionalGeneration(VisualGLMConfig())
+        assert apply_tuning(model, tune, seed=0).num_trainable == 655_360
 
 
 def test_wrong_input_is_refused() -> None:

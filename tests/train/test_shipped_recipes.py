@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "native"))
 import pytest
 from native_dirs import write_native
 from rich.console import Console
+from seed_recipes import is_seed_recipe, seed_settings
 
 from vistune.recipe import load_recipe, shipped_recipes
 from vistune.train import train
@@ -40,6 +41,8 @@ def tiny_settings(tiny: Path, name: str, run_dir: Path, stage1: Path | None) -> 
         model = run_dir.with_name("native")
         write_native(NATIVE[name], model)
         settings += [f"model.from_checkpoint={model}", "batch.max_tokens=512"]
+    elif is_seed_recipe(name):
+        settings += ["batch.max_tokens=1024", *seed_settings(name, run_dir.with_name("models"))]
     elif recipe.model.from_checkpoint is None:
         settings += [
             f"model.vision_tower.path={tiny / 'clip'}",

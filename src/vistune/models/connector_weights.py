@@ -28,8 +28,13 @@ _PREFIXES = (
     "connector.",
     "model.",
 )
-# The last is DeepSpeed's, in a directory that is called like a file.
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "mp_rank_00_model_states.pt")
+_FOLDER_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "connector.safetensors",
+    "weights.safetensors",  # a checkpoint of a run that trained the connector alone
+    "mp_rank_00_model_states.pt",  # DeepSpeed's, in a directory that is called like a file
+)
 
 
 def load_connector(connector: nn.Module, path: Path) -> None:

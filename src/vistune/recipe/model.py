@@ -64,9 +64,10 @@ class ConnectorConfig(Section):
     """Side of the square of patches folded into one token before the connector (1: none)."""
     weights: str | None = None
     """Weights to start from, drawn from `seed` when left out: LLaVA's `mm_projector.bin`, XTuner's
-    `projector/` or an `iter_*.pth` that holds the projector alone, `connector.safetensors`; for an
-    MGM (`vision_tower_aux`) its `mm_projector.bin` with mining and towers. With `from_checkpoint`
-    they take the place of that model's own."""
+    `projector/` or an `iter_*.pth` that holds the projector alone, `connector.safetensors` or
+    the checkpoint of a run that trained the connector alone; for an MGM (`vision_tower_aux`) also
+    its `mm_projector.bin` with mining and towers. With `from_checkpoint` they take the place of
+    that model's own."""
 
     @field_validator("kind")
     @classmethod

@@ -63,6 +63,8 @@ class LoraTune(Section):
     targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
     """`all_linear`, or the last names of the linear layers (q_proj, v_proj, ...). The language
     model's head is a role of its own and never among them."""
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """Only in these layers, by their number from 0; all when left out."""
     rslora: bool = False
     """Rank-stabilised scale."""
     dora: bool = False

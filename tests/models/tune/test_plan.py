@@ -208,3 +208,15 @@ def test_unreached_weights_stay_frozen(tmp_path: Path) -> None:
     apply_tuning(model, TuneConfig.model_validate({"vision": {"mode": "full"}}), seed=0)
     frozen = [n for n, p in model.vision_tower.named_parameters() if not p.requires_grad]
     assert frozen == ["embeddings.mask_token"]
+
+
+def test_lora_in_some_layers(shelf: Path) -> None:
+    lora = {"mode": "lora", "rank": 2, "targets": ["q_proj", "up_proj"], "layers": [1]}
+    model, _, _ = tuned(shelf, language=lora)
+    inside = "language_model.model.layers.1"
+    expected = {f"{inside}.self_attn.q_proj", f"{inside}.mlp.up_proj"}
+    assert adapter_layers(model).keys() == expected
+    model, _, _ = tuned(shelf, vision={"mode": "lora", "rank": 2, "layers": [0]})
+    assert {name.split(".")[3] for name in adapter_layers(model)} == {"0"}
+    with pytest.raises(ModelError, match=r"no layer 2(.|\n)*from 0 to 1"):
+        tuned(shelf, language={**lora, "layers": [0, 2]})

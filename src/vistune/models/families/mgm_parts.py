@@ -21,7 +21,7 @@ from vistune.errors import ModelError, WeightsError
 from vistune.models.connector_weights import read_tensors_of
 from vistune.models.facts import ModelFacts, read_json, read_text_config, read_vision_config
 from vistune.models.families.describe import facts_of
-from vistune.models.families.files import read_tensors
+from vistune.models.families.files import check_names, read_tensors
 from vistune.models.families.filling import filled
 from vistune.models.keymap import Entry, KeyMap
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
@@ -106,10 +106,10 @@ def replace_mgm_connector(model: MGMForConditionalGeneration, path: Path) -> Non
 
 
 def read_mgm_connector(path: Path, config: MGMConfig) -> dict[str, Tensor]:
-    """Reads MGM's `mm_projector.bin` under our names.
+    """Reads MGM's `mm_projector.bin`, or a run's own connector, under our names.
 
     Args:
-        path: The file.
+        path: The file, or the checkpoint of a run that trained the connector alone.
         config: The model's.
 
     Returns:
@@ -120,6 +120,10 @@ def read_mgm_connector(path: Path, config: MGMConfig) -> dict[str, Tensor]:
     """
     tensors = {n.removeprefix(_WRAPPED): t for n, t in read_tensors_of(path).items()}
     whole = mgm_map(config)
+    own = {name for entry in whole.entries for name in entry.own if name.startswith("connector.")}
+    if all(name.startswith("connector.") for name in tensors):  # of a run's own checkpoint
+        check_names(own, tensors.keys(), where=str(path))
+        return tensors
     entries: list[Entry] = []
     for part in _PARTS_OF_THE_BIN:
         of_part = [e for e in whole.entries if e.own[0].startswith(part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,26 @@ def target_layers(model: TunableModel, role: RoleName, tune: LoraTune) -> list[s
             expected=", ".join(last_names[:_SHOWN_NAMES]) or "linear layers, of which it has none",
             fix=f"set tune.{role}.targets=all_linear",
         )
-    return chosen
+    return chosen if tune.layers is None else _in_layers(chosen, tune.layers, role)
+
+
+def _in_layers(names: list[str], layers: Sequence[int], role: RoleName) -> list[str]:
+    """Returns the names that lie in some layers: the first number in a name is its layer's.
+
+    Raises:
+        ModelError: There is no such layer.
+    """
+    numbers = {name: next((p for p in name.split(".") if p.isdigit()), None) for name in names}
+    there = {int(number) for number in numbers.values() if number is not None}
+    missing = sorted(set(layers) - there)
+    if missing:
+        raise ModelError(
+            f"the role '{role}' has no layer {missing[0]} with such targets",
+            where=f"tune.{role}.layers",
+            expected=f"numbers from 0 to {max(there)}" if there else "layers, of which it has none",
+            fix=f"correct tune.{role}.layers, or leave it out",
+        )
+    return [name for name, number in numbers.items() if number and int(number) in layers]
 
 
 def inject_lora(model: TunableModel, role: RoleName, tune: LoraTune, *, seed: int) -> None:
