@@ -244,18 +244,19 @@ class Encoder:
         """Refuses a policy that could have no effect.
 
         Raises:
-            DataError: Images are to be shrunk, and the model takes them in one size only.
+            DataError: Images are to be shrunk, and the model brings them to one size anyway.
         """
-        one = self._image_tokens(64, 640)
-        if overlong == "shrink_image" and one == self._image_tokens(640, 1280):
+        # Of one shape: tiles follow an image's shape, and its size only in some models.
+        found = {self._image_tokens(side, side) for side in (8, 60, 600, 2400)}
+        if overlong == "shrink_image" and len(found) == 1:
             raise DataError(
-                f"every image becomes {one:,} tokens whatever its size, so"
-                " shrinking it would save nothing",
+                f"every {'image' if self.layout is None else 'square image'} becomes"
+                f" {found.pop():,} tokens whatever its size, so shrinking it would save nothing",
                 where="data.overlong",
                 got="shrink_image",
                 expected="error, drop, drop_turn or truncate_text",
-                fix="data.overlong=drop_turn; or a smaller data.image.size_px, if the tower takes"
-                " it",
+                fix="data.overlong=drop_turn; or a smaller data.image.max_tokens or size_px, if the"
+                " model takes it",
             )
 
     def _with_fewer_turns(

@@ -23,9 +23,10 @@ from native_dirs import write_native
 from tile_kinds import TILE_KINDS
 
 from vistune.assembly import Assembled, load_assembled
+from vistune.data.count import TokenCounter
 from vistune.data.layout import ImageLayout, SliceLayout
 from vistune.data.layout.slices import Slicing
-from vistune.errors import DataError, ImageError, ModelError
+from vistune.errors import DataError, ImageError, ModelError, RowError
 from vistune.types import ImageRef, Sample, Turn
 
 EXTREMES = [(1, 1), (1, 400), (400, 1), (16, 16), (17, 16), (64, 64), (65, 64), (31, 500), (700, 9)]
@@ -257,6 +258,56 @@ def test_the_preview_names_the_tiles_of_every_image(kind: str, loaded: Assembled
     assert page.count("<figure>") == 2
     whole = kind == "llava_onevision"  # several images are shown whole
     assert ("tiles, " in page) == (not whole)
+
+
+def test_counting_agrees_with_encoding(loaded: Assembled) -> None:
+    counter = TokenCounter(loaded.encoder)
+    for number in (0, 1, 2, 12):  # a template may number images: 10 and 11 have two digits
+        sizes = some_sizes(number, seed=number)[-number:] if number else []
+        asked: tuple[int | str, ...] = ("look ", *range(number), "which?")
+        turns = (
+            Turn("user", asked),
+            Turn("assistant", ("that one",)),
+            Turn("user", ("why?",)),
+            Turn("assistant", ("because",)),
+        )
+        counts = counter.count(turns, sizes)
+        tokens = loaded.encoder.tokenise_turns(turns, sizes)
+        assert counts.tokens == tokens.ids.size
+        assert counts.image_tokens == tokens.num_image_tokens
+
+
+def test_shrinking_is_refused_where_it_saves_nothing(kind: str, loaded: Assembled) -> None:
+    if kind not in ("idefics3", "smolvlm"):
+        loaded.encoder.require_policy("shrink_image")
+        return
+    with pytest.raises(DataError, match="whatever its size"):
+        loaded.encoder.require_policy("shrink_image")
+
+
+def test_turns_left_out_may_show_the_rest_in_another_way(kind: str, loaded: Assembled) -> None:
+    turns = (
+        Turn("user", (0, "?")),
+        Turn("assistant", ("x",)),
+        Turn("user", (1, "?")),
+        Turn("assistant", ("y",)),
+    )
+    images: Any = (picture((40, 40)), picture((41, 40)))
+    sample = Sample(id="s", source="s", where="w", turns=turns, images=images)
+    encoder: Any = loaded.encoder
+    alone = replace(sample, turns=turns[:2], images=images[:1])
+    first = encoder.encode(alone, max_tokens=10**6, overlong="error")
+    whole = encoder.encode(sample, max_tokens=10**6, overlong="error").input_ids.size
+    if kind == "llava_onevision":  # one image is cut, so the first round alone is the longer one
+        assert first.input_ids.size > whole
+        with pytest.raises(RowError, match="shown in another way"):
+            encoder.encode(sample, max_tokens=whole - 18, overlong="truncate_text")
+        return
+    kept = encoder.encode(sample, max_tokens=whole - 1, overlong="drop_turn")
+    assert np.array_equal(kept.input_ids, first.input_ids)
+    assert len(kept.pixel_values) == len(kept.image_shapes) == 1
+    cut = encoder.encode(sample, max_tokens=first.input_ids.size + 9, overlong="truncate_text")
+    assert len(cut.pixel_values) == 1
 
 
 def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
