@@ -317,12 +317,13 @@ class TrainConfig(Section):
     attention: Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"] = "auto"
     """How attention over packed rows is computed. `varlen`: torch's own kernel (CUDA and ROCm, 16
     bit). `cudnn`: cuDNN's kernels for ragged rows, about a third faster on Hopper (package
-    nvidia-cudnn-frontend, extra `cudnn`). `flex`: torch's FlexAttention, compiled (CUDA; also
-    capped scores). `sdpa`: one call for each sample, everywhere. `npu`: Ascend's fused attention
-    (written against its interface, never run on the device). `flash_attn`: the package of that
-    name (extra `flash`). `auto`: the fastest that suits model and device, said with the reason at
-    the start and in `provenance.jsonl`; one named here that does not suit is an error. The vision
-    tower, whose images are a plain batch, takes the one named here where it can."""
+    nvidia-cudnn-frontend, extra `cudnn`; heads of up to 128). `flex`: torch's FlexAttention,
+    compiled (CUDA; also capped scores). `sdpa`: one call for each sample, everywhere. `npu`:
+    Ascend's fused attention (written against its interface, never run on the device).
+    `flash_attn`: the package of that name (extra `flash`). `auto`: the fastest that suits model
+    and device, said with the reason at the start and in `provenance.jsonl`; one named here that
+    does not suit is an error. The vision tower, whose images are a plain batch, takes the one
+    named here where it can."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
     """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where
     Triton runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed
