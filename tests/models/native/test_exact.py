@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from pathlib import Path
@@ -87,6 +88,8 @@ def theirs(loaded: Assembled, folder: Path, sample: EncodedSample) -> tuple[Any,
 
 
 def test_loss_and_gradients_are_transformers(loaded: Assembled, folder: Path) -> None:
+    if folder.name == "paligemma2" and not _caps_logits():
+        pytest.skip("this transformers leaves out the cap on PaliGemma 2's logits")
     sample = conversation(loaded.encoder)
     inner, inputs = theirs(loaded, folder, sample)
     inner.train(False)
@@ -112,6 +115,12 @@ def test_loss_and_gradients_are_transformers(loaded: Assembled, folder: Path) ->
         assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-8, name
     model.requires_grad_(False)
     model.zero_grad()
+
+
+def _caps_logits() -> bool:
+    from transformers import PaliGemmaForConditionalGeneration
+
+    return "softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward)
 
 
 def test_ids_and_pixels_are_the_processors(loaded: Assembled, folder: Path) -> None:
