@@ -100,12 +100,19 @@ class TokenCounter:
             raise UncleanError
         check_order(turns)
         text_tokens, target_tokens = rounds.count(turns)
-        image_tokens = 0
-        for turn in turns:
-            for part in turn.parts:
-                if isinstance(part, int):
-                    image_tokens += self._encoder.num_image_tokens(part, sizes)
+        order = [part for turn in turns for part in turn.parts if isinstance(part, int)]
+        image_tokens = self._image_tokens(order, sizes)
         return Counts(self._num_leading + text_tokens, image_tokens, target_tokens)
+
+    def _image_tokens(self, order: Sequence[int], sizes: Sequence[Size]) -> int:
+        """Returns the tokens of the images that a conversation shows, which may be some of all."""
+        encoder = self._encoder
+        for image in order:
+            if image >= len(sizes):
+                encoder.num_image_tokens(image, sizes)  # says that there is no such image
+        # How many are shown may decide how: those that are left out do not count.
+        shown = [sizes[image] for image in order]
+        return sum([encoder.num_image_tokens(k, shown) for k in range(len(shown))])
 
     def _measure(self, pieces: Sequence[Piece], context: Context, closes: bool) -> tuple[int, int]:
         """Returns tokens and target tokens of pieces; see `rounds.Measure`."""
@@ -127,10 +134,13 @@ class TokenCounter:
         return self._run(self._words, texts, starts_learnt, context) if texts else (0, 0)
 
     def _count(self, words: Words, stretches: list[Stretch], sizes: Sequence[Size]) -> Counts:
-        text_tokens, image_tokens, target_tokens = self._num_leading, 0, 0
+        text_tokens, target_tokens = self._num_leading, 0
+        order = [stretch for stretch in stretches if isinstance(stretch, int)]
+        image_tokens = self._image_tokens(order, sizes)
         texts: list[str] = []
         starts_learnt = learns = False
         context: Context = "start"
+        has_image = False
         for stretch in [*stretches, None]:
             is_text = isinstance(stretch, tuple)
             if isinstance(stretch, tuple):
@@ -147,7 +157,7 @@ class TokenCounter:
                 # What follows the end of an answer has nothing to do with what was before.
                 texts[-1] = texts[-1][: -len(self._end)]
             if texts:
-                if starts_learnt and text_tokens + image_tokens == 0:
+                if starts_learnt and text_tokens == 0 and not has_image:
                     raise UncleanError  # its first token is predicted from nothing
                 if stretch is not None and len(texts) == 1 and context == "start":
                     total, learnt = self._lead(words, texts[0], starts_learnt)
@@ -159,8 +169,8 @@ class TokenCounter:
             if is_text:
                 text_tokens, target_tokens = text_tokens + 1, target_tokens + learns
                 context = "special"
-            elif isinstance(stretch, int):
-                image_tokens += self._encoder.num_image_tokens(stretch, sizes)
+            elif stretch is not None:
+                has_image = True
         return Counts(text_tokens, image_tokens, target_tokens)
 
     def _lead(self, words: Words, text: str, is_learnt: bool) -> tuple[int, int]:
