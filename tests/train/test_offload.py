@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_fakes import FakeData, resolved_recipe, run
 
 from vistune.parallel.single import optimizer_state
-from vistune.recipe import Recipe, TrainConfig
+from vistune.recipe import Recipe, ResolvedRecipe, TrainConfig
 from vistune.recipe.sizes import resident_optimizer_bytes, visiting_optimizer_bytes
+from vistune.train import train
 from vistune.train.offload import OffloadedAdamW
 from vistune.types import Batch
 
@@ -45,8 +48,8 @@ def test_a_run_and_its_resume_equal_those_without_offload_bit_for_bit(tmp_path: 
     # Half of it with the state on the device, the rest with it on the host, and the other way.
     for name, first, then in (("out", None, ON), ("back", ON, None)):
         begun, ended = (
-            resolved_recipe(tmp_path / name, **({"train": train} if train else {}))
-            for train in (first, then)
+            resolved_recipe(tmp_path / name, **({"train": part} if part else {}))
+            for part in (first, then)
         )
         assert run(begun, data=Stopping()).steps == 5
         assert run(ended, resume=True).steps == 8
@@ -110,9 +113,10 @@ def test_updates_equal_torchs_own() -> None:
 
 
 def test_settings_without_effect_are_refused() -> None:
-    train = {"steps": 1, "offload": {"optimizer": True}, "optimizer": "adamw_8bit"}
     with pytest.raises(ValidationError, match="is for adamw"):
-        TrainConfig.model_validate(train)
+        TrainConfig.model_validate(
+            {"steps": 1, "offload": {"optimizer": True}, "optimizer": "adamw_8bit"}
+        )
     with pytest.raises(ValidationError, match="inputs of recomputed layers"):
         TrainConfig.model_validate({"steps": 1, "offload": {"activations": True}})
     assert "offload" in Recipe.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
@@ -151,3 +155,27 @@ def test_gpu_state_is_not_on_the_device() -> None:
     )
     assert torch.cuda.max_memory_allocated() - before <= pieces + 2**20
     assert optimizer.state[parameter]["exp_avg"].is_pinned()
+
+
+def test_a_whole_run_with_everything_offloaded_gives_the_same_bits(
+    tiny: Any, tmp_path: Any
+) -> None:
+    from our_loop import recipe as bench_recipe
+
+    found = []
+    for name, offload in (("plain", {}), ("off", {"activations": True, "optimizer": True})):
+        tree = bench_recipe(tiny, tmp_path / name, "lora", steps=4, batch={"samples": 4}).recipe
+        changed = tree.model_dump(mode="json", exclude_none=True)
+        changed["train"] |= {"checkpoint_layers": 3, "offload": offload}
+        resolved = ResolvedRecipe(Recipe.model_validate(changed), sources={}, origin="test")
+        console = Console(file=io.StringIO(), record=True, width=200)
+        result = train(resolved, console=console)
+        said = "nothing is gained): inputs of 3 recomputed layers, optimizer state"
+        assert (said in console.export_text()) == bool(offload)
+        start, built = map(json.loads, (tmp_path / name / "provenance.jsonl").open())
+        assert bool(built["engine"]["offload"]) == bool(offload) and "versions" in start
+        found.append(
+            (losses(tmp_path / name), load_file(result.checkpoint / "weights.safetensors"))
+        )
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
