@@ -276,6 +276,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("data_juicer", {"images": ["0.jpg"], "text": f"{DJ} a {EOC} {DJ} b"}, "image_count_mismatch"),
     ("data_juicer", {"text": "<|__dj__eoc|>"}, "empty_conversation"),
     ("data_juicer", {"images": ["0.jpg"], "text": "<__dj__image>"}, "empty_answer"),
+    ("llava", {"image": "x" * 5000, "conversations": talk("<image>", "a")}, "bad_image_name"),
     ("data_juicer", {"images": ["/e/0.jpg"], "text": "<image> a"}, "image_outside_folder"),
 ]
 

@@ -15,6 +15,7 @@ from vistune.types import ImageRef, Part, Sample, Speaker, Turn
 IMAGE_MARK = "<image>"
 """Where an image stands in a row's text."""
 
+_MAX_NAME_CHARS = 1_024
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
@@ -76,6 +77,8 @@ class ImageFolder:
                 fix="save the image as a file and name it; http(s) addresses can be allowed in"
                 " data.train[].urls",
             )
+        if len(name) > _MAX_NAME_CHARS:
+            raise _bad_name(f"{name[:80]}...", f"has {len(name):,} characters: it is no file name")
         if not name or "\0" in name or not (name.isascii() or _is_encodable(name)):
             raise _bad_name(name, "is no file name")
         given = name
