@@ -34,6 +34,8 @@ _LEARN = (
     "tests/test_families_learn.py"
     "::test_twenty_steps_on_photographs_and_answers_with_and_without_a_cache"
 )
+_OWN = "tests/models/native/"
+_OWN_E2E = "tests/test_native_end_to_end.py::"
 _PARITY = "tests/compare/test_parity.py::test_reference_dumps_pass"
 _LOOP = "tests/train/test_loop.py::"
 _PIECES = "tests/models/test_language_pieces.py::"
@@ -99,6 +101,53 @@ def _family(kind: str, dump: str, exports: str, **changes: Cell) -> tuple[Cell, 
     }
     return tuple((cells | changes).values())
 
+
+NATIVE = {
+    "Qwen2-VL": "qwen2_vl",
+    "Qwen2.5-VL": "qwen2_5_vl",
+    "Qwen3-VL": "qwen3_vl",
+    "Qwen3-VL with experts": "qwen3_vl_moe",
+    "GLM-4.1V": "glm4v",
+    "InternVL 2.5 and later": "internvl",
+    "Idefics3": "idefics3",
+    "SmolVLM": "smolvlm",
+    "LLaVA-OneVision": "llava_onevision",
+    "MiniCPM-V 4.6": "minicpmv4_6",
+    "Gemma 3": "gemma3",
+    "PaliGemma": "paligemma",
+    "PaliGemma 2": "paligemma2",
+}
+"""Transformers' own models and the kinds of `tests/models/native` they are."""
+
+
+def _native(kind: str) -> tuple[Cell, ...]:
+    rounded = (f"{_OWN_E2E}test_adapters_beside_rounded_weights[{kind}-{f}]" for f in _ROUNDED)
+    adapted = f"{_OWN_E2E}test_adapters_with_rates_of_their_own[{kind}]"
+    whole = f"{_OWN_E2E}test_all_of_it_trains_resumes_and_is_exported[{kind}]"
+    experts = "; the experts stay as they are" if kind in _EXPERTS else ""
+    adapter = "" if kind in _NO_ADAPTER else "adapter, "
+    return (
+        Shown((f"{_OWN}test_native.py::test_every_parameter_has_a_role[{kind}]",)),
+        Shown((whole,)),
+        Shown((adapted,)),
+        Shown(tuple(rounded), _FORMS + experts),
+        Shown((f"{_OWN}test_native.py::test_packed_is_alone_in_loss_and_gradients[{kind}]",)),
+        Shown((f"tests/test_native_learn.py::test_twenty_steps_on_photographs[{kind}]",)),
+        Shown(
+            (
+                f"{_OWN}test_native.py::test_answers_in_a_batch_as_alone_and_as_without_cache[{kind}]",
+            )
+        ),
+        Shown((whole, adapted), f"hf, {adapter}vistune"),
+        Shown(
+            (f"{_OWN}test_exact.py::test_loss_and_gradients_are_transformers[{kind}]",),
+            "loss and every gradient against transformers' own forward pass",
+        ),
+    )
+
+
+_EXPERTS = {"qwen3_vl_moe"}
+_NO_ADAPTER = {"llava_onevision"}
 
 ROWS: dict[str, tuple[Cell, ...]] = {
     "parts: CLIP + MLP + a Llama-like model": (
@@ -227,6 +276,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
             "the dump is in the other layout; the weights are the same, bit for bit",
         ),
     ),
+    **{f"{name}, transformers' own": _native(kind) for name, kind in NATIVE.items()},
 }
 
 _HEAD = """# Models

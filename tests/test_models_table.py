@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "models" / "native"))
 
-from models_table import COLUMNS, PAGE, ROOT, ROWS, Missing, _passed, all_tests, render
+from native_dirs import KINDS
+
+from models_table import COLUMNS, NATIVE, PAGE, ROOT, ROWS, Missing, _passed, all_tests, render
 
 
 def test_the_page_is_the_rendered_list() -> None:
@@ -20,6 +23,10 @@ def test_every_model_has_every_column() -> None:
     assert all(len(row) == len(COLUMNS) for row in ROWS.values())
     cells = [cell for row in ROWS.values() for cell in row]
     assert all(cell.reason if isinstance(cell, Missing) else cell.tests for cell in cells)
+
+
+def test_every_kind_of_transformers_own_has_a_row() -> None:
+    assert set(NATIVE.values()) == set(KINDS)
 
 
 def test_the_tests_it_names_are_there() -> None:
