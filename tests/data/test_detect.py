@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from data_helpers import talk, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vistune.data.detect import Detected, detect
 from vistune.data.formats import open_source
 from vistune.data.formats.paths import files_of
 from vistune.data.index.key import source_key
-from vistune.errors import DataError
+from vistune.errors import DataError, MissingExtraError
 from vistune.recipe import SourceConfig
 
 LLAVA = {"conversations": talk("Hi", "Ho")}
@@ -190,3 +192,42 @@ def test_an_index_of_shards_knows_each_of_them(
     assert source_key(source, encoder, deep=False) == before
     shard(tmp_path / "s-2.tar")
     assert source_key(source, encoder, deep=False) != before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["conversations", "messages", "images", "text", "from", "role", "prompt", "label"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.one_of(
+        st.binary(max_size=600),
+        st.lists(JSON, max_size=4).map(lambda rows: json.dumps(rows).encode()),
+        JSON.map(lambda row: json.dumps(row).encode() + b"\n"),
+        st.binary(min_size=1, max_size=40).map(lambda tail: b"PAR1" + tail),
+        st.binary(max_size=300).map(lambda head: head.ljust(257, b"\0") + b"ustar" + b"\0" * 300),
+    )
+)
+def test_any_content_is_found_out_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    try:
+        found = detect(str(path))
+    except (DataError, MissingExtraError) as error:
+        assert str(error)
+    else:
+        assert found.path == str(path)

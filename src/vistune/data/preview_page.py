@@ -66,7 +66,9 @@ def to_html(
         parts += [_sources(stats), _charts(stats)]
     parts += [_section(preview) for preview in previews]
     if refused:
-        listed = "".join(f"<li>{html.escape(text)}</li>" for text in refused)
+        listed = "".join(
+            f"<li>{html.escape(text).replace(chr(10), '<br>')}</li>" for text in refused
+        )
         parts.append(f"<h2>Rows that cannot be used</h2><ul>{listed}</ul>")
     body = "\n".join(parts)
     return (
