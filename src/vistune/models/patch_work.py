@@ -61,6 +61,8 @@ class PatchTower:
         if len(pixel_shape) == _FLAT_NDIM:
             return [(rows, columns) for _, rows, columns in image_shapes]
         *lead, _, height, width = pixel_shape
+        if height == width == self.patch_px:  # patches, as PaddleOCR-VL takes them
+            return [(rows, columns) for _, rows, columns in image_shapes]
         return [(height // self.patch_px, width // self.patch_px)] * math.prod(lead)
 
     def products(

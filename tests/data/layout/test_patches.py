@@ -17,6 +17,7 @@ BOUNDS = {
     "qwen3": (16, 2, 65536, 16777216),
     "tight": (14, 2, 100 * 28 * 28, 100 * 28 * 28),
     "glm": (14, 2, 112 * 112, 28 * 28 * 15000),
+    "paddle": (14, 2, 384 * 384, 1536 * 1536),
 }
 
 
@@ -36,6 +37,7 @@ def layout_of(name: str) -> PatchLayout:
         max_pixels=most,
         frames=2 if glm else 1,
         enlarge_first=glm,
+        enlarge_sides=name == "paddle",
     )
 
 
@@ -51,6 +53,12 @@ def public_size(name: str, height: int, width: int) -> tuple[int, int]:
         from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as glm_resize
 
         return tuple(glm_resize(2, height, width, temporal_factor=2, **bounds))
+    if name == "paddle":
+        from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
+            smart_resize as ocr_resize,
+        )
+
+        return tuple(ocr_resize(height, width, **bounds))
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     return tuple(smart_resize(height, width, **bounds))

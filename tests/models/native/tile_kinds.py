@@ -31,6 +31,20 @@ _IDEFICS_TEMPLATE = (
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """A blank in front of a text, but not of an image; the generation prompt ends before it."""
+_PADDLE_TEMPLATE = (
+    "{% if image_token is not defined %}{% set image_token ="
+    " '<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>' %}{% endif %}<|im_start|>"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ image_token }}"
+    "{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{{ '\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant:\\n' }}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ message['content'][0]['text'] + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""Images first; a line break behind a question, the end of text behind an answer."""
 _ONEVISION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -111,6 +125,22 @@ def _onevision(tokenizer: Any) -> Any:
         image_grid_pinpoints=_SIZES,
         vision_aspect_ratio="anyres_max_9",
         vision_feature_layer=-1,
+    )
+
+
+def _paddleocr(tokenizer: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    return transformers.PaddleOCRVLConfig(
+        vision_config=_vision(image_size=16, patch_size=4, spatial_merge_size=2),
+        text_config={
+            **_text("paddleocr_vl_text", tokenizer),
+            "head_dim": 8,
+            "rope_parameters": rope,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|IMAGE_PLACEHOLDER|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|IMAGE_START|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|IMAGE_END|>"),
     )
 
 
@@ -221,6 +251,26 @@ TILE_KINDS: dict[str, dict[str, Any]] = {
             "image_std": _HALVES,
         },
         "model_class": "MiniCPMV4_6ForConditionalGeneration",
+    },
+    "paddleocr_vl": {
+        "specials": (
+            "<|IMAGE_START|>",
+            "<|IMAGE_END|>",
+            "<|IMAGE_PLACEHOLDER|>",
+            "<|video_pad|>",
+        ),
+        "template": _PADDLE_TEMPLATE,
+        "config": _paddleocr,
+        "processor": {
+            "image_processor_type": "PaddleOCRVLImageProcessor",
+            "patch_size": 4,
+            "temporal_patch_size": 1,
+            "merge_size": 2,
+            "size": {"shortest_edge": 4 * 8 * 8, "longest_edge": 24 * 8 * 8},
+            "image_mean": _CLIP_MEAN,
+            "image_std": _CLIP_STD,
+        },
+        "model_class": "PaddleOCRVLForConditionalGeneration",
     },
 }
 if Version(transformers.__version__) < Version("5.23"):

@@ -43,6 +43,8 @@ class PatchLayout(ImageLayout):
     """Frames an image counts as where its area is held against the bounds (2 for GLM-4.1V)."""
     enlarge_first: bool = False
     """A side below that of a token is enlarged before anything else is looked at (GLM-4.1V)."""
+    enlarge_sides: bool = False
+    """The same, one side after the other and rounded (PaddleOCR-VL)."""
 
     @model_validator(mode="after")
     def _bounds(self) -> PatchLayout:
@@ -56,13 +58,17 @@ class PatchLayout(ImageLayout):
         Raises:
             ImageError: One side is more than 200 times the other.
 
-        Source: the public Qwen2-VL and GLM-4V image processors.
+        Source: the public Qwen2-VL, GLM-4V and PaddleOCR-VL image processors.
         """
         side = self.patch_px * self.merge
         shown = height, width
         if self.enlarge_first and min(height, width) < side:
             scale = max(side / height, side / width)
             height, width = int(height * scale), int(width * scale)
+        if self.enlarge_sides and height < side:
+            height, width = side, round(width * side / height)
+        if self.enlarge_sides and width < side:
+            height, width = round(height * side / width), side
         if max(height, width) / min(height, width) > _MOST_ELONGATED:
             raise unusual_shape(
                 *shown,

@@ -1,6 +1,14 @@
 """Transformers' own vision-language models, trained behind vistune's contract."""
 
-from vistune.models.native import gemma, idefics3, internvl, llava_onevision, minicpmv, qwen
+from vistune.models.native import (
+    gemma,
+    idefics3,
+    internvl,
+    llava_onevision,
+    minicpmv,
+    paddleocr,
+    qwen,
+)
 from vistune.models.native.contract import NATIVE, NativeFamily
 from vistune.models.native.describe import (
     describe_native,
@@ -23,5 +31,6 @@ __all__ = [
     "load_native",
     "minicpmv",
     "native_skeleton",
+    "paddleocr",
     "qwen",
 ]

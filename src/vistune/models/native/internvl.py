@@ -18,7 +18,8 @@ class InternVL:
     """The family. Its files say nothing of cutting: the public processor always cuts."""
 
     model_types: tuple[str, ...] = ("internvl",)
-    image_marks = ("<IMG_CONTEXT>", "", "")
+    # Marks as text: what stands behind one is tokenised with it, as some tokenizers need.
+    image_marks = ("<IMG_CONTEXT>", "<img>", "</img>")
     is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
@@ -61,16 +62,14 @@ class InternVL:
                 expected=tower,
             )
         grid = self.grid(config)
-        opening = getattr(tokenizer, "start_image_token", "<img>")
-        closing = getattr(tokenizer, "end_image_token", "</img>")
+        for mark in self.image_marks[1:]:
+            token_id(tokenizer, mark)
         bounds = {name: processor.get(name) for name in ("min_patches", "max_patches")}
         least, most = bounds["min_patches"] or 1, bounds["max_patches"] or 12
         cutting = {"crop_to_patches": True, "min_patches": least, "max_patches": most}
         return {
             "kind": "ratio_tiles",
             "image_token_id": image_token_id(config, tokenizer, self.image_marks[0]),
-            "before": [token_id(tokenizer, opening)],
-            "after": [token_id(tokenizer, closing)],
             "processor": {**processor, **cutting},
             "tile_height_px": height,
             "tile_width_px": width,
