@@ -25,7 +25,7 @@ CUDA = AttentionSupport("cuda", hopper=True)
         (AttentionSupport("mps"), BF16, "sdpa", "on any device"),
         (CUDA, BF16, "varlen", "torch's own kernel"),
         (AttentionSupport("cuda", True, cudnn=True), BF16, "cudnn", "ragged rows"),
-        (AttentionSupport("cuda", True, cudnn=True), CAPPED, "flex", "not cudnn: heads are 256"),
+        (AttentionSupport("cuda", True, cudnn=True), CAPPED, "flex", "not cudnn: the model caps"),
         (AttentionSupport("cuda", cudnn=True), BF16, "varlen", "torch's own kernel"),
         (AttentionSupport("cuda", flash=2), BF16, "varlen", "torch's own kernel"),
         (AttentionSupport("cuda", True, flash=3), BF16, "flash_attn", "FlashAttention 3"),

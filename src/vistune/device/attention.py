@@ -14,7 +14,6 @@ AttentionName: TypeAlias = Literal["varlen", "cudnn", "flex", "sdpa", "npu", "fl
 WantedAttention: TypeAlias = Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 256
-_WIDEST_CUDNN_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,6 @@ def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeed
             return "nvidia-cudnn-frontend is not installed"
         if not support.hopper:
             return "its kernels are used on compute capability 9.0"
-        if needs.head_dim > _WIDEST_CUDNN_HEAD:
-            return f"heads are {needs.head_dim} wide"
     if name == "flash_attn" and support.flash is None:
         return "flash-attn is not installed"
     if name == "flex":

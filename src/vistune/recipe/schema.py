@@ -317,7 +317,7 @@ class TrainConfig(Section):
     attention: Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"] = "auto"
     """How attention over packed rows is computed. `varlen`: torch's own kernel (CUDA and ROCm, 16
     bit). `cudnn`: cuDNN's kernels for ragged rows, about a third faster on Hopper (package
-    nvidia-cudnn-frontend, extra `cudnn`; heads of up to 128). `flex`: torch's FlexAttention,
+    nvidia-cudnn-frontend, extra `cudnn`). `flex`: torch's FlexAttention,
     compiled (CUDA; also capped scores). `sdpa`: one call for each sample, everywhere. `npu`:
     Ascend's fused attention (written against its interface, never run on the device).
     `flash_attn`: the package of that name (extra `flash`). `auto`: the fastest that suits model
