@@ -93,3 +93,15 @@ def test_a_broken_file_is_an_error_with_its_place(rows: Path) -> None:
     assert done.returncode == 2
     assert "rows.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_processes_of_a_recipe_are_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "llava-1.5/7b-pretrain", "--workers", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "data.workers=2" in done.stderr

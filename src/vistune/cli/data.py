@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +45,10 @@ def check(
     quarantine: Annotated[
         Path, typer.Option(help="Where the unusable rows are written, one JSON line each.")
     ] = Path("quarantine.jsonl"),
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="With PATH: processes; as many as there are cores, 8 at most."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Read every row and say which cannot be used and why.
@@ -53,8 +58,18 @@ def check(
     """
     source = source_of(target, format=format, images=images, overrides=overrides or [])
     if source is not None:
-        is_good = _check_source(source, deep=deep, quarantine=quarantine, as_json=as_json)
+        is_good = _check_source(
+            source, deep=deep, workers=workers, quarantine=quarantine, as_json=as_json
+        )
     else:
+        if workers is not None:
+            from vistune.errors import RecipeError
+
+            raise RecipeError(
+                "--workers belongs to a dataset; a recipe names its own",
+                got=workers,
+                fix=f"data.workers={workers}",
+            )
         is_good = _check_recipe(
             target, overrides or [], deep=deep, quarantine=quarantine, as_json=as_json
         )
@@ -172,7 +187,9 @@ def _put_aside(rejected: Sequence[Rejected], path: Path, *, as_json: bool) -> No
         print(f"unusable rows: {path}")
 
 
-def _check_source(source: SourceConfig, *, deep: bool, quarantine: Path, as_json: bool) -> bool:
+def _check_source(
+    source: SourceConfig, *, deep: bool, workers: int | None, quarantine: Path, as_json: bool
+) -> bool:
     """Checks one dataset's form, turns and images; tokens need a model and are not counted."""
     from vistune.cli.console import progress_bar
     from vistune.data.check_rows import check_rows
@@ -184,6 +201,7 @@ def _check_source(source: SourceConfig, *, deep: bool, quarantine: Path, as_json
             reader,
             plain_plan(),
             deep=deep,
+            workers=min(8, os.cpu_count() or 1) if workers is None else workers,
             progress=lambda done, total: progress("checking rows", done, total),
         )
     if as_json:

@@ -5,8 +5,12 @@ What a run would check besides, how long rows become, needs a template and a tok
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +26,13 @@ from vistune.data.index.scan import (
     script_of,
     seems_cut_off,
 )
+from vistune.data.orphans import end_with_parent
 from vistune.data.rejects import reject
-from vistune.errors import RowError
+from vistune.errors import DataError, RowError
 from vistune.types import Rejected, Sample
 
 _EXAMPLES = 4
-_TOLD_EVERY_ROWS = 256
+_UNIT_ROWS, _DEEP_UNIT_ROWS = 1_024, 64
 
 
 @dataclass
@@ -79,6 +84,7 @@ def check_rows(
     plan: ImagePlan,
     *,
     deep: bool = False,
+    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> RowsReport:
     """Reads every row of a source, its images by their headers.
@@ -87,78 +93,152 @@ def check_rows(
         reader: The source.
         plan: Carries the limit on an image's pixels.
         deep: Decode every image, and find images that look alike.
+        workers: Processes; 0, or few rows: in this one.
         progress: Told (rows done, rows in all) every now and then.
+
+    Raises:
+        DataError: A process died.
     """
-    return _Check(reader, plan, deep=deep).run(progress)
+    total, unit = len(reader), _DEEP_UNIT_ROWS if deep else _UNIT_ROWS
+    units = [range(first, min(first + unit, total)) for first in range(0, total, unit)]
+    look = _Look(reader, plan, deep)
+    report = _Report(reader)
+    parts = _in_processes(look, units, workers) if workers > 1 else map(look.rows, units)
+    for rows, part in zip(units, parts, strict=True):
+        report.add(part)
+        if progress is not None:
+            progress(rows.stop, total)
+    return report.found
 
 
-class _Check:
-    def __init__(self, reader: RowReader, plan: ImagePlan, *, deep: bool) -> None:
+@dataclass
+class _Part:
+    """What was found in some rows."""
+
+    num_images: int = 0
+    num_turns: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    notes: list[tuple[str, int]] = field(default_factory=list)
+    scripts: Counter[str] = field(default_factory=Counter)
+    hashes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Row, hash of its id, hash of its content; of every usable row."""
+    looks: list[tuple[int, int, int]] = field(default_factory=list)
+    """Row, what an image of it looks like, which file that is."""
+
+
+class _Look:
+    """Reads rows; lives in the workers."""
+
+    def __init__(self, reader: RowReader, plan: ImagePlan, deep: bool) -> None:
         self._reader, self._plan, self._deep = reader, plan, deep
         self._sizes = Sizes(plan)
-        self._report = RowsReport(reader.name, len(reader))
-        self._ids: set[int] = set()
-        self._contents: set[int] = set()
-        self._looks: dict[int, int] = {}  # what an image looks like -> which file
 
-    def run(self, progress: Callable[[int, int], None] | None) -> RowsReport:
-        report = self._report
-        for row in range(report.num_rows):
-            if progress is not None and row % _TOLD_EVERY_ROWS == 0:
-                progress(row, report.num_rows)
+    def rows(self, rows: Iterable[int]) -> _Part:
+        part = _Part()
+        for row in rows:
             id = None
             try:
                 sample = self._reader.read(row)
                 id = sample.id
-                looks = self._looked(sample)
+                looks = self._looks(sample)
             except RowError as error:
-                where = self._reader.where(row)
-                report.rejected.append(reject(error, source=report.source, where=where, id=id))
+                name, where = self._reader.name, self._reader.where(row)
+                part.rejected.append(reject(error, source=name, where=where, id=id))
                 continue
-            self._count(sample, looks)
-        if progress is not None:
-            progress(report.num_rows, report.num_rows)
-        return report
+            part.looks += [(row, look, file) for look, file in looks]
+            self._count(part, row, sample)
+        return part
 
-    def _looked(self, sample: Sample) -> Sequence[int]:
-        """Looks at every image; returns what they look like where they were decoded."""
+    def _looks(self, sample: Sample) -> list[tuple[int, int]]:
+        """Looks at every image; returns what they look like where they are decoded."""
         for image in sample.images:
             self._sizes.of(image)
         if not self._deep:
-            return ()
-        return [look_of(load(image, self._plan)) for image in sample.images]
+            return []
+        return [
+            (look_of(load(image, self._plan)), hash64(content_name(image)))
+            for image in sample.images
+        ]
 
-    def _count(self, sample: Sample, looks: Sequence[int]) -> None:
-        report = self._report
-        report.num_ok += 1
-        report.num_images += len(sample.images)
-        report.num_turns += len(sample.turns)
+    def _count(self, part: _Part, row: int, sample: Sample) -> None:
+        part.num_images += len(sample.images)
+        part.num_turns += len(sample.turns)
         texts = [turn.text for turn in sample.turns]
         text = "\n".join(texts)
-        report.scripts[SCRIPTS[script_of(text)]] += 1
-        for note in sample.notes:
-            self._note(note, sample)
+        part.scripts[SCRIPTS[script_of(text)]] += 1
+        part.notes += [(note, row) for note in sample.notes]
         if seems_cut_off(texts[-1]):
-            self._note("answer_seems_cut_off", sample)
+            part.notes.append(("answer_seems_cut_off", row))
         id = hash64(sample.id.encode("utf-8", "surrogatepass"))
-        content = content_hash(sample, text)
-        for name, value, known in (
-            ("duplicate_id", id, self._ids),
-            ("duplicate_row", content, self._contents),
-        ):
-            if value in known:
-                self._note(name, sample)
-            known.add(value)
-        for image, look in zip(sample.images, looks, strict=False):
-            file = hash64(content_name(image))
-            if self._looks.setdefault(look, file) != file:
-                self._note("duplicate_image", sample)
+        part.hashes.append((row, id, content_hash(sample, text)))
 
-    def _note(self, name: str, sample: Sample) -> None:
-        self._report.notes[name] += 1
-        first = self._report.note_rows.setdefault(name, [])
+
+class _Report:
+    """Puts parts together, in the order of the rows."""
+
+    def __init__(self, reader: RowReader) -> None:
+        self._reader = reader
+        self.found = RowsReport(reader.name, len(reader))
+        self._ids: set[int] = set()
+        self._contents: set[int] = set()
+        self._looks: dict[int, int] = {}
+
+    def add(self, part: _Part) -> None:
+        found = self.found
+        found.num_ok += len(part.hashes)
+        found.num_images += part.num_images
+        found.num_turns += part.num_turns
+        found.rejected += part.rejected
+        found.scripts += part.scripts
+        for name, row in part.notes:
+            self._note(name, row)
+        for row, id, content in part.hashes:
+            if id in self._ids:
+                self._note("duplicate_id", row)
+            if content in self._contents:
+                self._note("duplicate_row", row)
+            self._ids.add(id)
+            self._contents.add(content)
+        for row, look, file in part.looks:
+            if self._looks.setdefault(look, file) != file:
+                self._note("duplicate_image", row)
+
+    def _note(self, name: str, row: int) -> None:
+        self.found.notes[name] += 1
+        first = self.found.note_rows.setdefault(name, [])
         if len(first) < _EXAMPLES:
-            first.append(f"{sample.where} (id {sample.id})")
+            first.append(f"{self._reader.where(row)} (id {self._reader.read(row).id})")
+
+
+class _Process:
+    """The work of this worker process; set once by the pool's initializer."""
+
+    look: _Look
+
+    @classmethod
+    def start(cls, look: _Look) -> None:
+        end_with_parent()
+        cls.look = look
+
+    @classmethod
+    def run(cls, rows: range) -> _Part:
+        return cls.look.rows(rows)
+
+
+def _in_processes(look: _Look, units: Sequence[range], workers: int) -> Iterator[_Part]:
+    if len(units) < 2:
+        yield from map(look.rows, units)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    number = min(workers, len(units))
+    try:
+        with ProcessPoolExecutor(number, context, _Process.start, (look,)) as pool:
+            yield from pool.map(_Process.run, units)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that checked rows died, most likely killed for memory",
+            fix="vistune data check --workers 0",
+        ) from error
 
 
 __all__ = ["RowsReport", "check_rows"]
