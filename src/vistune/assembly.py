@@ -231,7 +231,12 @@ def _encoder(
     return Encoder(
         tokenizer=facts.tokenizer,
         template=template
-        or resolve_template(data.template, facts.tokenizer, image_marks=facts.image_marks),
+        or resolve_template(
+            data.template,
+            facts.tokenizer,
+            image_marks=facts.image_marks,
+            adds_bos=facts.adds_bos,
+        ),
         image_plan=ImagePlan.resolve(data.image, defaults),
         grid=facts.grid,
         image_token_id=facts.image_token_id,

@@ -78,7 +78,8 @@ def test_llama_2_holds_the_system_prompt_in_the_first_question() -> None:
 
 def test_every_template_is_listed_and_survives_a_checkpoint() -> None:
     cogvlm2 = {"cogvlm2_base", "cogvlm2_chat", "cogvlm2_vqa"}
-    assert set(TEMPLATES) == {*GOLDEN, *cogvlm2, "visualglm_zh", "visualglm_en", "llama_2", "plain"}
+    others = {"visualglm_zh", "visualglm_en", "llama_2", "plain", "paligemma"}
+    assert set(TEMPLATES) == {*GOLDEN, *cogvlm2, *others}
     for name in TEMPLATES:
         template = TEMPLATES.get(name)
         assert load_template(template.model_dump(mode="json")) == template
@@ -90,7 +91,7 @@ def test_every_template_is_listed_and_survives_a_checkpoint() -> None:
 
 def test_generation_prompt_is_the_training_prompt_cut_before_the_answer() -> None:
     for name in TEMPLATES:
-        if name in ("plain", "cogvlm2_base"):  # one question, or none
+        if name in ("plain", "cogvlm2_base", "paligemma"):  # one question, or none
             continue
         if name.startswith("visualglm"):  # its first learnt token stands in the prompt as well
             continue
@@ -271,6 +272,20 @@ def test_an_answer_that_only_the_next_turn_ends() -> None:
     # While the model is asked, nothing is put behind the question.
     asked = show(template.segments(turns[:3], add_generation_prompt=True))
     assert asked.endswith("\nQ2<|assistant|>\n")
+
+
+def test_a_processor_puts_the_begin_of_text_in_front_unless_it_is_there() -> None:
+    class Stub:
+        chat_template: Any = CHATML
+        special_tokens_map = {"bos_token": "<s>", "eos_token": "</s>"}
+        added_tokens_decoder: dict[int, Any] = {}
+        all_special_tokens = ["<s>", "</s>", "<|im_end|>", "<|im_start|>"]
+        eos_token = "</s>"
+
+    assert not resolve_template("auto", Stub()).add_bos
+    assert resolve_template("auto", Stub(), adds_bos=True).add_bos
+    Stub.chat_template = "{{ bos_token }}" + CHATML
+    assert not resolve_template("auto", Stub(), adds_bos=True).add_bos
 
 
 def test_template_of_a_tokenizer() -> None:

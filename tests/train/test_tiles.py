@@ -96,13 +96,13 @@ def test_exports_answer_the_same(stages: Path, tmp_path: Path, to: Any) -> None:
     found = load_assembled(stages / "two")
     out = export_model(stages / "two", to=to, output=tmp_path / "out")
     again = load_assembled(out)
-    # Public layouts do not keep vistune's template, so there only the model is compared.
     expected = logits(found)
     reached = logits(Assembled(again.model, found.encoder, out))[..., : expected.shape[-1]]
     torch.testing.assert_close(reached, expected, atol=2e-5, rtol=2e-5)
     assert again.encoder.layout == found.encoder.layout
-    if to == "vistune":
-        assert answers(again) == answers(found)
+    # A tokenizer that was written and read again may drop the blank in front.
+    said, again_said = answers(found), answers(again)
+    assert [text.strip() for text in again_said] == [text.strip() for text in said]
     second = export_model(out, to=to, output=tmp_path / "again")
     weights = load_file(out / "model.safetensors")
     for name, tensor in load_file(second / "model.safetensors").items():

@@ -41,6 +41,8 @@ class ModelFacts:
             to put in front of and behind an image's tokens in its stead. None for a template of
             text alone.
         whole_config: Config of a model of a family, from which the whole model can be built.
+        adds_bos: Whether the model's public processor puts the tokenizer's begin-of-text in front
+            of what its chat template writes, unless that begins with it.
     """
 
     tokenizer: Any
@@ -54,6 +56,7 @@ class ModelFacts:
     layout: dict[str, Any] | None = None
     image_marks: tuple[str, str, str] | None = None
     whole_config: Any = None
+    adds_bos: bool = False
 
 
 def describe(config: ModelConfig) -> ModelFacts:

@@ -72,6 +72,7 @@ def describe(folder: Path) -> ModelFacts:
         vision_config=vision_config,
         text_config=config.text_config,
         tower=plan,
+        adds_bos=True,
     )
     if not is_next:
         return facts

@@ -38,7 +38,11 @@ _KINDS: dict[str, type[ChatTemplate]] = {
 
 
 def resolve_template(
-    name: str, tokenizer: Any, *, image_marks: tuple[str, str, str] | None = None
+    name: str,
+    tokenizer: Any,
+    *,
+    image_marks: tuple[str, str, str] | None = None,
+    adds_bos: bool = False,
 ) -> ChatTemplate:
     """Returns the template a recipe names.
 
@@ -47,6 +51,8 @@ def resolve_template(
         tokenizer: A transformers tokenizer.
         image_marks: What its own template writes for an image part, and what is put in front of
             and behind an image's tokens in its stead; None for a template of text alone.
+        adds_bos: Whether the tokenizer's own leading tokens go in front of its own template, where
+            that does not write them.
 
     Raises:
         RegistryError: No template has that name.
@@ -54,7 +60,8 @@ def resolve_template(
     """
     if name in ("auto", "tokenizer"):
         text, before, behind = image_marks or ("", "", "")
-        return template_of(tokenizer, image_text=text, image_open=before, image_close=behind)
+        own = template_of(tokenizer, image_text=text, image_open=before, image_close=behind)
+        return own.model_copy(update={"add_bos": adds_bos and not own.writes_bos()})
     return TEMPLATES.get(name)
 
 

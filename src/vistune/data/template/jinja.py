@@ -92,6 +92,12 @@ class JinjaTemplate(ChatTemplate):
             return self._from_blocks(messages, add_generation_prompt)
         return self._from_marks(messages, add_generation_prompt)
 
+    def writes_bos(self) -> bool:
+        """Whether what it writes begins with the begin-of-text."""
+        bos = self.variables.get("bos_token")
+        text = self._render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        return bool(bos) and text.startswith(str(bos))
+
     def _from_blocks(
         self, messages: list[dict[str, str]], add_generation_prompt: bool
     ) -> list[Segment]:
