@@ -172,6 +172,22 @@ def test_all_of_it_trains_resumes_and_is_exported(shelf: Path, tmp_path: Path, k
     assert before == after
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_half_precision_gives_nearly_the_same_losses(
+    shelf: Path, tmp_path: Path, kind: str
+) -> None:
+    found = []
+    for dtype in ("fp32", "bf16"):
+        one = recipe(shelf, shelf / kind, tmp_path / dtype, FULL, train={"steps": 1})
+        cast = one.recipe.model_copy(update={"dtype": dtype})
+        train(ResolvedRecipe(recipe=cast, sources={}, origin="test"), console=QUIET)
+        found += losses(tmp_path / dtype)
+    # 8 bits of mantissa, through a few layers.
+    assert found[1] == pytest.approx(found[0], rel=1e-2) and found[0] != found[1]
+    half = load_assembled(tmp_path / "bf16", dtype=torch.bfloat16)
+    assert len(answers(half)) == 2
+
+
 def weight_names(folder: Path) -> set[str]:
     from safetensors import safe_open
 

@@ -171,7 +171,8 @@ def apply_tuning(model: TunableModel, tune: TuneConfig, *, seed: int) -> Tuning:
         adapter = not _ADAPTER_PARTS.isdisjoint(name.split("."))
         trains = part_tune.mode == "full" or (part_tune.mode == "lora" and adapter)
         parameter.requires_grad_(trains and name not in unreached)
-        if parameter.requires_grad:
+        # What no gradient reaches may still be run, on what the rest of its role makes.
+        if parameter.requires_grad or part_tune.mode == "full":
             parameter.data = parameter.data.float()
     tuning = Tuning(model, tune)
     if tuning.num_trainable == 0:
