@@ -37,7 +37,7 @@ LORA = {
     "language": {"mode": "lora", "rank": 2, "alpha": 8.0},
 }
 
-EXPERTS = {"qwen3_vl_moe", "minicpmv4_6"}
+EXPERTS = {"qwen3_vl_moe", "minicpmv4_6", "mistral3"}
 """Kinds whose operations are not known."""
 
 
@@ -163,7 +163,9 @@ def test_all_of_it_trains_resumes_and_is_exported(shelf: Path, tmp_path: Path, k
         assert torch.equal(logits(loaded), expected), form
         assert answers(loaded) == told
         assert loaded.encoder.to_state() == trained.encoder.to_state()
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         found = theirs.eval()(**inputs_of(trained)).logits
     # Another order of operations in attention.
@@ -220,7 +222,9 @@ def test_adapters_with_rates_of_their_own(shelf: Path, tmp_path: Path, kind: str
             export_model(tmp_path / "run", to="adapter", output=tmp_path / "adapter")
         return
     written = export_model(tmp_path / "run", to="adapter", output=tmp_path / "adapter")
-    base = AutoModelForImageTextToText.from_pretrained(shelf / kind, dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(
+        shelf / kind, dtype=torch.float32, attn_implementation="eager"
+    )
     theirs = PeftModel.from_pretrained(base, str(written)).eval()
     with torch.no_grad():
         found = theirs(**inputs_of(trained)).logits
@@ -286,6 +290,37 @@ def test_the_command_line(
     assert page.read_text().count("<img") >= 3
     shown = run("data", "preview", str(written), "--rows", "1")
     assert "a cat 0" in shown
+
+
+def test_an_export_is_what_the_hub_has(shelf: Path, tmp_path: Path) -> None:
+    folder = write_native("qwen2_5_vl", tmp_path / "model")
+    settings = {"do_sample": False, "temperature": 0.7, "eos_token_id": [258, 256]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "video_preprocessor_config.json").write_text('{"patch_size": 4}')
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    inside = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": images}
+    (folder / "processor_config.json").write_text(json.dumps(inside))
+    tune = {"connector": {"mode": "full"}}
+    bounds = {"image": {"max_tokens": 12}}
+    train(recipe(shelf, folder, tmp_path / "run", tune, data=bounds), console=QUIET)
+    written = export_model(tmp_path / "run", to="hf", output=tmp_path / "hf")
+
+    def read(name: str) -> Any:
+        return json.loads((written / name).read_text())
+
+    # Settings of sampling are left out where nothing is sampled: some releases refuse them.
+    assert read("generation_config.json")["eos_token_id"] == [258, 256]
+    assert "temperature" not in read("generation_config.json")
+    assert read("video_preprocessor_config.json") == {"patch_size": 4}
+    for values in (
+        read("preprocessor_config.json"),
+        read("processor_config.json")["image_processor"],
+    ):
+        assert values["size"] == {"shortest_edge": 8 * 8, "longest_edge": 12 * 8 * 8}
+        assert "max_pixels" not in values
+    assert read("processor_config.json")["processor_class"] == "Qwen2_5_VLProcessor"
+    template = (folder / "chat_template.jinja").read_text()
+    assert (written / "chat_template.jinja").read_text() == template
 
 
 def test_forms_that_these_models_have_not(shelf: Path, tmp_path: Path) -> None:

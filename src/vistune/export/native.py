@@ -27,6 +27,7 @@ from vistune.models.tune.lora import adapter_layers
 from vistune.models.weights import quiet_transformers
 
 _FORMS = ("hf", "adapter", "vistune")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 _COPIED = ("video_preprocessor_config.json",)
 _IMAGE_FILE = "preprocessor_config.json"
 _PROCESSOR_FILE = "processor_config.json"
@@ -72,9 +73,17 @@ def write_native(model: NativeVLM, encoder: Encoder, folder: Path, *, origin: Pa
     if adapter_layers(model):
         raise ModelError("the model still carries adapters", fix="merge them first")
     inner: Any = model.inner
+    _drop_unused(inner.generation_config)
     with quiet_transformers():
         inner.save_pretrained(folder, max_shard_size=MAX_SHARD)
     write_processor(model, encoder, folder, origin=origin)
+
+
+def _drop_unused(generation: Any) -> None:
+    """Drops settings of sampling from a config that does not sample: some releases refuse them."""
+    if not generation.do_sample:
+        for name in _SAMPLING:
+            setattr(generation, name, None)
 
 
 def write_processor(

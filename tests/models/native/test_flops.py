@@ -34,8 +34,8 @@ TUNES: dict[str, dict[str, Any]] = {
     },
     "full": {role: {"mode": "full"} for role in ("vision", "connector", "language")},
 }
-UNKNOWN = {"qwen3_vl_moe", "minicpmv4_6"}
-"""Experts and recurrent layers are no linear layers: what they cost is not known."""
+UNKNOWN = {"qwen3_vl_moe", "minicpmv4_6", "mistral3"}
+"""Experts and recurrent layers are no linear layers, and Pixtral's tower computes what it masks."""
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,10 @@ def test_as_torch_counts_them(folders: Path, kind: str, name: str) -> None:
     )
     expected = ours.total + 12 * work.attention_width * pairs
     assert ours.tower > 0 and ours.connector > 0
-    assert counter.get_total_flops() == expected
+    # Some releases make rotary tables by a matrix product, which is not counted here.
+    tables = sum(
+        sum(operations.values())
+        for name, operations in counter.get_flop_counts().items()
+        if name.endswith(("rotary_emb", "rotary_pos_emb"))
+    )
+    assert counter.get_total_flops() - tables == expected
