@@ -190,6 +190,30 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",), "llava, vistune"),
         Shown((f"{_PARITY}[llava15]",)),
     ),
+    "LLaVA-1.6, original layout": (
+        Shown(
+            (f"{_E2E}test_a_family_is_described_by_its_own_files[llava-1.6]",),
+            "also transformers' `llava_next`",
+        ),
+        Shown((f"{_E2E}test_train_resume_answer_export[llava-1.6-full]",)),
+        Shown((f"{_E2E}test_train_resume_answer_export[llava-1.6-lora]",)),
+        _qlora("llava-1.6"),
+        Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[llava-1.6]",)),
+        Shown((f"{_LEARN}[llava-1.6]",)),
+        Shown((f"{_LEARN}[llava-1.6]", f"{_E2E}test_train_resume_answer_export[llava-1.6-lora]")),
+        Shown(
+            (
+                f"{_E2E}test_train_resume_answer_export[llava-1.6-full]",
+                "tests/train/test_tiles.py::test_exports_answer_the_same",
+                "tests/train/test_tiles.py::test_transformers_reads_ids_pixels_and_answers",
+            ),
+            "hf, llava, adapter, vistune",
+        ),
+        Shown(
+            ("tests/models/test_anyres.py::test_equals_transformers_llava_next",),
+            "loss and every gradient against transformers' own forward pass",
+        ),
+    ),
     "InternLM2 as the language model": (
         Shown((f"{_PIECES}test_added_tokens_take_the_places_kept_for_them",)),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[public-full]",)),

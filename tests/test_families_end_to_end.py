@@ -15,7 +15,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
-from family_dirs import FAMILY_KINDS, LLAVA_KIND, write_family, write_pictures
+from family_dirs import (
+    FAMILY_KINDS,
+    LLAVA_KIND,
+    LLAVA_KINDS,
+    TILES_KIND,
+    write_family,
+    write_pictures,
+)
 
 from vistune.assembly import Assembled, load_assembled
 from vistune.checkpoint.layouts import describe_directory
@@ -41,6 +48,7 @@ FORMS = {
     "visualglm": ("vistune", "native", "sat"),
     "visualglm-sat": ("vistune", "native", "sat"),
     LLAVA_KIND: ("vistune", "llava"),
+    TILES_KIND: ("vistune", "llava"),
 }
 EXPECTED = {
     "cogvlm2": ("cogvlm2_chat", "resize", 6),
@@ -49,6 +57,7 @@ EXPECTED = {
     "mgm-2b": ("gemma", "pad", 16),
     "mgm-2b-hd": ("gemma", "pad", 80),
     LLAVA_KIND: ("vicuna_v1", "pad", 16),
+    TILES_KIND: ("vicuna_v1", "resize", 16),
 }
 
 
@@ -57,7 +66,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("families")
     write_pictures(root / "pictures")
-    for kind in (*FAMILY_KINDS, LLAVA_KIND):
+    for kind in (*FAMILY_KINDS, *LLAVA_KINDS):
         write_family(kind, root / kind)
     return root
 
@@ -67,7 +76,7 @@ def wide_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with layers that read multiples of 64 numbers."""
     root = tmp_path_factory.mktemp("wide")
     write_pictures(root / "pictures")
-    for kind in (*FAMILY_KINDS, LLAVA_KIND):
+    for kind in (*FAMILY_KINDS, *LLAVA_KINDS):
         write_family(kind, root / kind, wide=True)
     return root
 
@@ -110,10 +119,13 @@ def losses(run_dir: Path) -> list[float]:
 def logits(assembled: Assembled) -> Tensor:
     picture = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
     sample = assembled.encoder.encode_prompt([Turn("user", (0, "what is it"))], [picture])
+    pixels = torch.from_numpy(sample.pixel_values[0])
+    told = {"image_shapes": sample.image_shapes} if sample.image_shapes else {}
     out = assembled.model(
         input_ids=torch.from_numpy(sample.input_ids)[None],
-        pixel_values=torch.from_numpy(sample.pixel_values[0])[None],
+        pixel_values=pixels if told else pixels[None],
         attention_mask=torch.ones(1, sample.input_ids.size, dtype=torch.int64),
+        **told,
     )
     found: Tensor = out.logits
     return found
@@ -126,7 +138,7 @@ def answer(assembled: Assembled) -> list[str]:
     return generate(assembled.model, assembled.encoder, [asked, blind], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("kind", [*FAMILY_KINDS, LLAVA_KIND])
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, *LLAVA_KINDS])
 def test_a_family_is_described_by_its_own_files(shelf: Path, kind: str) -> None:
     facts = describe_directory(shelf / kind)
     template, mode, num_image_tokens = EXPECTED[kind]
@@ -138,7 +150,7 @@ def test_a_family_is_described_by_its_own_files(shelf: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("kind", [*FAMILY_KINDS, LLAVA_KIND])
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, *LLAVA_KINDS])
 def test_train_resume_answer_export(shelf: Path, tmp_path: Path, kind: str, mode: str) -> None:
     tune = TUNES[mode]
     train(recipe(shelf, shelf / kind, tmp_path / "whole", tune), console=QUIET)
@@ -159,7 +171,7 @@ def test_train_resume_answer_export(shelf: Path, tmp_path: Path, kind: str, mode
         assert again.encoder.to_state() == trained.encoder.to_state()
 
 
-@pytest.mark.parametrize("kind", [*FAMILY_KINDS, LLAVA_KIND])
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, *LLAVA_KINDS])
 def test_packed_rows_give_the_loss_of_single_ones(shelf: Path, tmp_path: Path, kind: str) -> None:
     for pack in (True, False):
         one = recipe(
@@ -180,7 +192,7 @@ ROUNDED = {"int8": 2e-2, "nf4": 2e-1}
 
 
 @pytest.mark.parametrize("form", list(ROUNDED))
-@pytest.mark.parametrize("kind", [*FAMILY_KINDS, LLAVA_KIND])
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, *LLAVA_KINDS])
 def test_adapters_beside_rounded_weights(
     wide_shelf: Path, tmp_path: Path, kind: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +289,7 @@ def test_a_second_stage_goes_on_from_the_first(shelf: Path, tmp_path: Path, kind
     assert torch.equal(logits(load_assembled(written)), logits(second))
 
 
-@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm-sat", "mgm-2b-hd", LLAVA_KIND])
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm-sat", "mgm-2b-hd", *LLAVA_KINDS])
 def test_the_command_line_takes_a_family(
     shelf: Path,
     tmp_path: Path,

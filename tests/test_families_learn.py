@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
-from family_dirs import FAMILY_KINDS, LLAVA_KIND, PARITY, byte_tokenizer, write_family
+from family_dirs import FAMILY_KINDS, LLAVA_KINDS, PARITY, byte_tokenizer, write_family
 from real_pictures import write_real_pictures
 from tiny_parts import write_tower
 
@@ -27,7 +27,7 @@ from vistune.train import train
 from vistune.types import ImageRef, Turn
 
 INTERNLM2_KIND = "llava-internlm2"
-KINDS = (*FAMILY_KINDS, LLAVA_KIND, INTERNLM2_KIND)
+KINDS = (*FAMILY_KINDS, *LLAVA_KINDS, INTERNLM2_KIND)
 STEPS = 20
 
 
@@ -36,7 +36,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("learn")
     write_real_pictures(root / "pictures")
-    for kind in (*FAMILY_KINDS, LLAVA_KIND):
+    for kind in (*FAMILY_KINDS, *LLAVA_KINDS):
         write_family(kind, root / kind)
     language = root / "internlm2"
     language.mkdir()
@@ -108,11 +108,14 @@ def uncached(assembled: Assembled, prompt: Prompt, *, num_tokens: int) -> str:
     encoder, model = assembled.encoder, assembled.model
     sample = encoder.encode_prompt(prompt.turns, prompt.images)
     ids = torch.from_numpy(sample.input_ids)[None]
-    pixels = [torch.from_numpy(one)[None] for one in sample.pixel_values]
+    shapes = sample.image_shapes
+    pixels = [torch.from_numpy(one if shapes else one[None]) for one in sample.pixel_values]
     said: list[int] = []
     for _ in range(num_tokens):
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs["pixel_values"] = torch.cat(pixels) if pixels else None
+        if shapes:
+            inputs["image_shapes"] = shapes
         scores: Tensor = model(**inputs, use_cache=False).logits[0, -1]
         if encoder.image_token_id < scores.shape[0]:
             scores[encoder.image_token_id] = float("-inf")

@@ -26,6 +26,8 @@ from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 LLAVA_KIND = "llava-1.5"
+TILES_KIND = "llava-1.6"
+LLAVA_KINDS = (LLAVA_KIND, TILES_KIND)
 WIDE = 192
 FAMILY_KINDS = ("cogvlm2", "visualglm", "visualglm-sat", "mgm-2b", "mgm-2b-hd")
 
@@ -40,8 +42,8 @@ def write_family(kind: str, folder: Path, *, wide: bool = False) -> Path:
             a multiple of 64 numbers, as real ones do.
     """
     folder.mkdir(parents=True)
-    if kind == LLAVA_KIND:
-        write_llava_15(folder)
+    if kind in LLAVA_KINDS:
+        write_llava_15(folder) if kind == LLAVA_KIND else write_llava_16(folder)
         if wide:
             _widen(folder, old=112, key="intermediate_size")
     elif kind == "cogvlm2":
@@ -92,6 +94,24 @@ def write_llava_15(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(settings))
     specials = {"<pad>": 0, "<s>": 1, "</s>": 2}
     byte_tokenizer(specials, bos="<s>", eos="</s>").save_pretrained(folder)
+    return folder
+
+
+def write_llava_16(folder: Path) -> Path:
+    """Writes a LLaVA-1.6 as it was released: tower and newline inside, images in tiles."""
+    write_llava_15(folder)
+    weights = load_file(PARITY / "llava15" / "model.safetensors")
+    made = torch.Generator().manual_seed(6)
+    width = weights["model.norm.weight"].shape
+    weights["model.image_newline"] = torch.randn(width, generator=made) * 0.1
+    save_file(weights, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+        "mm_patch_merge_type": "spatial_unpad",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
