@@ -236,12 +236,39 @@ def test_plain_conversations_are_counted_turn_by_turn(
         assert (tokens + encoder.num_leading_tokens, learnt) == exact(encoder, turns)[::2]
 
 
+def test_a_token_that_reaches_across_a_blank() -> None:
+    """Gemma has one, "> </": behind ">" there is no cut, and everywhere else there is."""
+    content = json.loads(llama_tokenizer().backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    for text in (">▁", ">▁<", ">▁</"):
+        vocabulary[text] = len(vocabulary)
+    content["model"]["merges"] += [[">", "▁"], [">▁", "<"], [">▁<", "/"]]
+    encoder = make_encoder("llama_2", _with_backend(content))
+    counter = TokenCounter(encoder)
+    assert counter.counts_words
+    for text in ("<b> </b> x", "a > b", "a> </c d", "> ", ">", "x >  </ y", "a >, </b>"):
+        for turns in (turns_of([text, "Yes"], 0), turns_of(["Hm?", f"{text} so", text, text], 3)):
+            assert counted(counter, turns) == exact(encoder, turns)
+            assert counted(counter, turns) == exact(encoder, turns)
+    assert counter.num_tokenised == 0
+    long = encoder.tokenise_turns(turns_of(["a", "<b> </b>"], 3), []).ids
+    assert vocabulary[">▁"] in long.tolist()  # so the test is about something
+
+
+def _with_backend(content: dict[str, Any]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def test_a_special_token_inside_another_is_no_place_to_cut() -> None:
     for other in ("<</s>>", "</s>>", "x</s>"):
         tokenizer = llama_tokenizer(extra=(other,))
         encoder = make_encoder("vicuna_v1", tokenizer)
         counter = TokenCounter(encoder)
-        assert counter._rounds is None
-        for texts in (["a <", "b <", "> c", "d"], ["a", "x", "> c", "x"]):
+        for texts in (["a <", "b <", "> c", "d"], ["a", "x", "> c", "x"], ["a", "b", "c", "d"]):
             turns = turns_of(texts, 3)
             assert counted(counter, turns) == exact(encoder, turns)

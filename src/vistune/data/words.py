@@ -8,7 +8,8 @@ tokenizer's own description, and gives None where it cannot; nothing here is an 
 Why it holds, for the two families of tokenizers in use:
 
 - Byte-pair merges over text whose blanks became "▁" (Llama, Gemma): a merge across "x▁" would have
-  to make a token with "▁" behind another character. The vocabulary is searched for one.
+  to make a token with "▁" behind another character. The vocabulary is searched for them; behind
+  the few marks in front of such a "▁" (Gemma has one, "> </") there is no cut.
 - Byte-level merges behind a regular expression (GPT-2, Llama-3, Qwen): merges stay inside what one
   match gave. No alternative that is accepted here can match a blank behind a visible character or
   looks back, so a match always ends in front of that blank.
@@ -69,6 +70,7 @@ _ALTERNATIVES = frozenset(
 )
 """Alternatives of pre-tokenizers' expressions that match no blank behind a visible character."""
 
+_BEFORE_BLANK = re.compile("([^▁\n])▁")
 _CUT = re.compile(r"(?<![\s▁]) ")
 
 
@@ -120,6 +122,7 @@ class Words:
         plain: Those of them that stand for themselves wherever they stand, longest first.
         pairs: A mark behind another character, wherever a token holds the two: no merge joins any
             others. None where a token's characters are not those of the text.
+        joining: Characters behind which a token may reach across a blank.
         forbidden_id: A token that no text may spell: such a word is unclean.
     """
 
@@ -130,6 +133,7 @@ class Words:
         *,
         plain: list[str],
         pairs: frozenset[str] | None,
+        joining: frozenset[str] = frozenset(),
         forbidden_id: int,
     ) -> None:
         self.table = _Table(self._meet)
@@ -139,11 +143,12 @@ class Words:
         self._backend = backend
         self._added = _Added.of(added)
         self._pairs = pairs
+        self._unclean_ends = frozenset({"", "▁"}) | joining
         self._forbidden_id = forbidden_id
         # Where a blank is "▁" and nothing else is changed, the merges can be asked directly.
         is_in_model = forbidden_id in range(backend.get_vocab_size(with_added_tokens=False))
         self._model = None if pairs is None or is_in_model else backend.model
-        self._special = re.compile("|".join(map(re.escape, plain))) if plain else None
+        self._special = _any_of(plain)
         self._plain = plain
         self.a_special = plain[0] if plain else ""
         """A special token."""
@@ -159,7 +164,8 @@ class Words:
             forbidden_id: See the class.
         """
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        if not _cuts_at_blanks(content):
+        joining = _joining_marks(content)
+        if joining is None:
             return None
         added = tuple(token["content"] for token in content["added_tokens"])
         steps = _steps(content["pre_tokenizer"], "pretokenizers")
@@ -171,6 +177,7 @@ class Words:
             added,
             plain=_plain_tokens(content["added_tokens"]),
             pairs=pairs,
+            joining=joining,
             forbidden_id=forbidden_id,
         )
 
@@ -196,9 +203,10 @@ class Words:
             # Marks at the end of a word are often tokens of their own: "door," is "door" and ",".
             core = word.rstrip(_MARKS)
             if core and core[-1] + word[len(core)] not in self._pairs:
-                return self.lookup(core) + self._count_marks(core[-1], word[len(core) :])
-        if self._model is not None and not self._added.may_be_in(word):
-            return len(self._model.tokenize("▁" + word.replace(" ", "▁")))
+                return self.count_last(core) + self._count_marks(core[-1], word[len(core) :])
+        is_plain = " " not in word and not self._added.may_be_in(word)
+        if self._model is not None and is_plain:
+            return len(self._model.tokenize("▁" + word))
         ids = self._backend.encode(f"{ANCHOR} {word}", add_special_tokens=False).ids
         if self._forbidden_id in ids:
             raise UncleanError
@@ -229,21 +237,15 @@ class Words:
         return "" if overlaps or inside else text
 
     def special_spans(self, text: str) -> list[tuple[int, int]]:
-        """Returns where special tokens stand in a text that others may follow or precede.
-
-        Raises:
-            UncleanError: What precedes or follows may make another special token of one of them.
-        """
-        spans = []
-        for match in [] if self._special is None else self._special.finditer(text):
-            if not self.plain_end(match.group()):
-                raise UncleanError
-            spans.append(match.span())
-        return spans
+        """Returns where special tokens stand in a text, whatever precedes or follows it."""
+        found = [] if self._special is None else self._special.finditer(text)
+        return [match.span() for match in found if self.plain_end(match.group())]
 
     def sections(self, text: str) -> list[str]:
         """Returns what stands between the special tokens in a text."""
-        return [text] if self._special is None else self._special.split(text)
+        if self._special is None or not self._added.may_be_in(text):
+            return [text]
+        return self._special.split(text)
 
     def _count_marks(self, before: str, marks: str) -> int:
         number = self._marks.get(before + marks)
@@ -256,7 +258,7 @@ class Words:
     def is_clean(self, word: str) -> bool:
         """Says whether a blank behind this text is a place to cut."""
         end = word[-1:]
-        return not (end in ("", "▁") or end.isspace() or self._added.ends(word))
+        return not (end in self._unclean_ends or end.isspace() or self._added.ends(word))
 
     def cut(self, text: str) -> list[str]:
         """Returns the words of a text, cut only where it is allowed; blanks may stay inside."""
@@ -269,19 +271,28 @@ class Words:
         return out
 
 
-def _cuts_at_blanks(content: dict[str, Any]) -> bool:
+def _any_of(texts: list[str]) -> re.Pattern[str] | None:
+    if not texts:
+        return None
+    # There may be thousands: most characters begin none of them.
+    first = "".join(sorted({re.escape(text[0]) for text in texts}))
+    return re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, texts))})")
+
+
+def _joining_marks(content: dict[str, Any]) -> frozenset[str] | None:
+    """Returns the marks behind which there is no cut; None where texts cannot be cut at blanks."""
     model = content["model"]
     if model.get("type") != "BPE" or model.get("dropout"):
-        return False
+        return None
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        return False
+        return None
     if any(" " in token["content"] for token in content["added_tokens"]):
-        return False
+        return None
     steps = _steps(content["pre_tokenizer"], "pretokenizers")
     normalizers = _steps(content["normalizer"], "normalizers")
     if steps and steps[-1]["type"] == "ByteLevel":
-        return _is_byte_level(steps, normalizers)
-    return _marks_blanks(steps, normalizers) and _vocabulary_keeps_words(model["vocab"])
+        return frozenset() if _is_byte_level(steps, normalizers) else None
+    return _marks_before_blanks(model["vocab"]) if _marks_blanks(steps, normalizers) else None
 
 
 def _plain_tokens(added: list[dict[str, Any]]) -> list[str]:
@@ -316,9 +327,14 @@ def _marks_blanks(steps: list[dict[str, Any]], normalizers: list[dict[str, Any]]
     return marked
 
 
-def _vocabulary_keeps_words(vocabulary: dict[str, int]) -> bool:
+def _marks_before_blanks(vocabulary: dict[str, int]) -> frozenset[str] | None:
     # A stretch of unknown characters is one token: a known "▁" ends it.
-    return "▁" in vocabulary and all("▁" not in token.lstrip("▁") for token in vocabulary)
+    if "▁" not in vocabulary:
+        return None
+    joining = set(_BEFORE_BLANK.findall("\n".join(vocabulary)))
+    return (
+        None if any(char.isalnum() for char in joining) or len(joining) > 8 else frozenset(joining)
+    )
 
 
 def _is_byte_level(steps: list[dict[str, Any]], normalizers: list[dict[str, Any]]) -> bool:
