@@ -247,7 +247,7 @@ class Encoder:
             DataError: Images are to be shrunk, and the model brings them to one size anyway.
         """
         # Of one shape: tiles follow an image's shape, and its size only in some models.
-        found = {self._image_tokens(side, side) for side in (8, 60, 600, 2400)}
+        found = {self._image_tokens(side, side) for side in (60, 600, 2400)}
         if overlong == "shrink_image" and len(found) == 1:
             raise DataError(
                 f"every {'image' if self.layout is None else 'square image'} becomes"

@@ -131,6 +131,8 @@ def patch_tower(model: NativeVLM) -> PatchTower | None:
     width = _attention_width(linear)
     if len(patches) != 1 or not blocks or width is None:
         return None
+    if vision.model_type == "pixtral":  # attends over all images of a row, the masked pairs too
+        return None
     adapters = sum(m.weight.numel() for n, m in linear.items() if ".lora_" in n)
     whole = sum(m.weight.numel() for m in linear.values())
     named = [name for name, _ in model.named_parameters()]

@@ -31,6 +31,16 @@ _IDEFICS_TEMPLATE = (
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """A blank in front of a text, but not of an image; the generation prompt ends before it."""
+_MISTRAL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST]' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '[IMG]' }}{% endif %}{% endfor %}{{ '[/INST]' }}"
+    "{% elif message['role'] == 'system' %}"
+    "{{ '[SYSTEM_PROMPT]' + message['content'][0]['text'] + '[/SYSTEM_PROMPT]' }}"
+    "{% else %}{{ message['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""No generation prompt of its own."""
 _PADDLE_TEMPLATE = (
     "{% if image_token is not defined %}{% set image_token ="
     " '<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>' %}{% endif %}<|im_start|>"
@@ -141,6 +151,19 @@ def _paddleocr(tokenizer: Any) -> Any:
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|IMAGE_START|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|IMAGE_END|>"),
+    )
+
+
+def _mistral3(tokenizer: Any) -> Any:
+    return transformers.Mistral3Config(
+        vision_config={
+            "model_type": "pixtral",
+            **_vision(image_size=64, patch_size=4, head_dim=8),
+        },
+        text_config={**_text("mistral", tokenizer), "head_dim": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
     )
 
 
@@ -271,6 +294,22 @@ TILE_KINDS: dict[str, dict[str, Any]] = {
             "image_std": _CLIP_STD,
         },
         "model_class": "PaddleOCRVLForConditionalGeneration",
+    },
+    "mistral3": {
+        "specials": (
+            *("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+            *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        ),
+        "template": _MISTRAL_TEMPLATE,
+        "config": _mistral3,
+        "processor": {
+            "image_processor_type": "PixtralImageProcessorFast",
+            "patch_size": {"height": 4, "width": 4},
+            "size": {"longest_edge": 64},
+            "image_mean": _CLIP_MEAN,
+            "image_std": _CLIP_STD,
+        },
+        "model_class": "Mistral3ForConditionalGeneration",
     },
 }
 if Version(transformers.__version__) < Version("5.23"):

@@ -10,6 +10,7 @@ from vistune.data.layout.fixed import FixedLayout
 from vistune.data.layout.onevision import OneVisionLayout
 from vistune.data.layout.patches import PatchLayout
 from vistune.data.layout.ratio_tiles import RatioTileLayout
+from vistune.data.layout.row_breaks import RowBreakLayout
 from vistune.data.layout.row_tiles import RowTileLayout
 from vistune.data.layout.slices import SliceLayout
 from vistune.errors import DataError
@@ -20,6 +21,7 @@ _KINDS: dict[str, type[ImageLayout]] = {
     "onevision": OneVisionLayout,
     "patches": PatchLayout,
     "ratio_tiles": RatioTileLayout,
+    "row_breaks": RowBreakLayout,
     "row_tiles": RowTileLayout,
     "slices": SliceLayout,
 }
@@ -53,6 +55,7 @@ __all__ = [
     "OneVisionLayout",
     "PatchLayout",
     "RatioTileLayout",
+    "RowBreakLayout",
     "RowTileLayout",
     "SliceLayout",
     "load_layout",

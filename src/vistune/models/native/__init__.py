@@ -6,6 +6,7 @@ from vistune.models.native import (
     internvl,
     llava_onevision,
     minicpmv,
+    mistral3,
     paddleocr,
     qwen,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "llava_onevision",
     "load_native",
     "minicpmv",
+    "mistral3",
     "native_skeleton",
     "paddleocr",
     "qwen",
