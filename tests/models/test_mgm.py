@@ -65,7 +65,7 @@ def test_language_model_and_gradients_equal_the_reference(run: str) -> None:
     rows = expanded(model, arrays)
     assert torch.equal(rows.mask, arrays["spliced_attention_mask"])
     real = rows.mask.bool()
-    embeds = model.embeddings(rows.ids, rows.pixels)
+    embeds = model.embed(rows.ids, rows.pixels)
     assert relative_error(embeds[real], arrays["scaled_embeds"][real]) < REL
     assert relative_error(embeds[real] / 8.0, arrays["inputs_embeds"][real]) < REL
     out = model(

@@ -12,25 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vistune import _compat
-from vistune.errors import ModelError
 from vistune.models.anyres import Tiles, new_tiles
-from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.attention import register_packed_attention
 from vistune.models.connectors import build_connector
 from vistune.models.contract import ModuleMap
 from vistune.models.facts import vision_config_from
 from vistune.models.fused.trunk import FusedTrunk
-from vistune.models.language.decoder import check_config, logits_of
-from vistune.models.splice import image_places
+from vistune.models.language.decoder import check_config
+from vistune.models.splice import splice
+from vistune.models.spliced import SplicedLanguageModel
 from vistune.models.towers.families import (
     TowerPlan,
     features_width,
@@ -41,7 +34,7 @@ from vistune.models.towers.families import (
 )
 from vistune.models.towers.load import build_tower
 from vistune.recipe import TilesConfig
-from vistune.types import ImageShape, Tail, VisionGrid
+from vistune.types import ImageShape, VisionGrid
 
 
 class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -126,7 +119,7 @@ class ComposedConfig(PreTrainedConfig):  # type: ignore[misc]
         return config
 
 
-class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ComposedVLM(SplicedLanguageModel):
     """A vision-language model made of three parts.
 
     Args:
@@ -139,12 +132,6 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config_class = ComposedConfig
     config: ComposedConfig
     base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(
         self,
@@ -229,26 +216,6 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         names = dict(self.vision_tower.named_parameters())
         return frozenset(f"vision_tower.{n}" for n in self.plan.traits.never_reached if n in names)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Returns the language model's embedding table."""
-        found = self.language_model.get_input_embeddings()
-        assert isinstance(found, nn.Module)
-        return found
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's embedding table."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Returns the output head."""
-        found = self.language_model.get_output_embeddings()
-        assert isinstance(found, nn.Module)
-        return found
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replaces the output head."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
     def image_features(self, pixel_values_NCYX: Tensor) -> Tensor:
         """Turns images, or views of them, into embeddings.
 
@@ -323,13 +290,10 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # The image token may lie outside the embedding table, so it is never looked up.
         text_BTD: Tensor = self.get_input_embeddings()(input_ids_BT.masked_fill(is_image_BT, 0))
         if pixel_values_NCYX is None:
-            image_places(is_image_BT, 0)
+            text_BTD = splice(text_BTD, is_image_BT, None)
             idle = self._idle_vision(text_BTD)
             return text_BTD if idle is None else text_BTD + idle
-        features_KD = self._image_tokens(pixel_values_NCYX, image_shapes).to(text_BTD.dtype)
-        places_K = image_places(is_image_BT, features_KD.shape[0])
-        embeds = text_BTD.flatten(0, 1).index_copy(0, places_K, features_KD)
-        return embeds.view_as(text_BTD)
+        return splice(text_BTD, is_image_BT, self._image_tokens(pixel_values_NCYX, image_shapes))
 
     def _idle_vision(self, like: Tensor) -> Tensor | None:
         """Zero that depends on every trained vision and connector weight, when there are any.
@@ -354,136 +318,3 @@ class ComposedVLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             features = self._connect(torch.zeros(1, 1, width, device=like.device, dtype=like.dtype))
         total = features.sum() if newline is None else features.sum() + newline.sum()
         return total.to(like.dtype) * 0.0
-
-    def hidden_states(
-        self,
-        *,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        pixel_values_NCYX: Tensor | None,
-        image_shapes: tuple[ImageShape, ...] = (),
-    ) -> Tensor:
-        """Runs one packed row up to and including the final norm; see `contract`."""
-        embeds_BTD = self.embed(input_ids_BT, pixel_values_NCYX, image_shapes)
-        if self.fused is not None:
-            return self.fused.hidden_states(
-                embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
-            )
-        out = _compat.decoder_of(self.language_model)(
-            inputs_embeds=embeds_BTD,
-            attention_mask=packing_mask(cu_seqlens, max_seqlen),
-            position_ids=position_ids_BT,
-            use_cache=False,
-        )
-        hidden = out.last_hidden_state
-        assert isinstance(hidden, Tensor)
-        return hidden
-
-    def target_states(
-        self,
-        *,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        pixel_values_NCYX: Tensor | None,
-        tail: Tail,
-        image_shapes: tuple[ImageShape, ...] = (),
-    ) -> Tensor:
-        """As `hidden_states`, at the target positions only: [M, D]. Needs the fused layers."""
-        assert self.fused is not None
-        return self.fused.target_states(
-            self.embed(input_ids_BT, pixel_values_NCYX, image_shapes),
-            position_ids_BT,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            tail=tail,
-        )
-
-    def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Applies the output head as the language model does: [M, D] -> [M, V]."""
-        return logits_of(self.language_model)(hidden_MD)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        image_shapes: tuple[ImageShape, ...] = (),
-        labels: None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Runs a padded batch.
-
-        Args:
-            input_ids: int64 [B, T], image tokens expanded.
-            pixel_values: Images in reading order over the batch, [N, 3, Y, X].
-            attention_mask: [B, T], 0 on padding.
-            position_ids: int64 [B, T].
-            past_key_values: Key-value cache.
-            inputs_embeds: Instead of `input_ids` and `pixel_values`.
-            use_cache: Whether to return a cache.
-            logits_to_keep: Positions at the end whose logits are wanted; 0 for all.
-            image_shapes: Of each image, where they are cut into tiles.
-            labels: Not taken: the loss is computed outside the model.
-            kwargs: For the language model.
-
-        Returns:
-            Logits [B, T', V] and the cache.
-
-        Raises:
-            ModelError: Both or neither of ids and embeddings are given, or labels.
-        """
-        if labels is not None:
-            raise ModelError("labels never enter the model; compute the loss from the logits")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ModelError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, pixel_values, image_shapes)
-        out = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        return CausalLMOutputWithPast(
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
-
-    def generation_inputs(
-        self,
-        *,
-        input_ids_BT: Tensor,
-        pixel_values: Tensor | None,
-        image_shapes: tuple[ImageShape, ...],
-    ) -> dict[str, Any]:
-        """Returns what the forward pass is given for the images of a batch of prompts."""
-        return {"pixel_values": pixel_values, "image_shapes": image_shapes}
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_shapes: tuple[ImageShape, ...] = (),
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Gives images to the first pass only; afterwards the cache holds them."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = kwargs.get("past_key_values")
-        if pixel_values is not None and (cache is None or cache.get_seq_length() == 0):
-            inputs |= {"pixel_values": pixel_values, "image_shapes": image_shapes}
-        return inputs

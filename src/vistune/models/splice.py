@@ -23,25 +23,13 @@ def splice(text_BTD: Tensor, at_image_BT: Tensor, images_KD: Tensor | None) -> T
         [B, T, D].
 
     Raises:
-        ModelError: There are more or fewer image positions than embeddings (on a GPU the failure
-            comes from the device, because asking for the number would make the host wait).
+        ModelError: There are more or fewer image positions than embeddings; see `image_places`.
     """
-    num_embeddings = 0 if images_KD is None else images_KD.shape[0]
-    if at_image_BT.is_cuda:
-        _compat.assert_on_device(
-            at_image_BT.sum() == num_embeddings, "image tokens and images do not match"
-        )
-    elif at_image_BT.device.type != "meta":
-        num_places = int(at_image_BT.sum())
-        if num_places != num_embeddings:
-            raise ModelError(
-                "image tokens and images do not match",
-                got=f"{num_places} image tokens in the text, {num_embeddings} from the images",
-                fix="give the model every image that its ids stand for, and no others",
-            )
+    places_K = image_places(at_image_BT, 0 if images_KD is None else images_KD.shape[0])
     if images_KD is None:
         return text_BTD
-    return text_BTD.masked_scatter(at_image_BT[..., None], images_KD.to(text_BTD.dtype))
+    images_KD = images_KD.to(text_BTD.dtype)
+    return text_BTD.flatten(0, 1).index_copy(0, places_K, images_KD).view_as(text_BTD)
 
 
 def idle(
@@ -85,17 +73,19 @@ def image_places(is_image_BT: Tensor, num_features: int) -> Tensor:
             reading the count would make the host wait for it at every step.
     """
     is_image_T = is_image_BT.flatten()
+    if is_image_T.device.type == "meta":
+        return torch.empty(num_features, dtype=torch.int64, device="meta")
     if is_image_T.is_cuda:
         _compat.assert_on_device(
-            is_image_T.sum() == num_features, "image tokens and image features differ in number"
+            is_image_T.sum() == num_features, "image tokens and images do not match in number"
         )
         # A stable sort puts the image tokens first, in order; `nonzero` would wait.
         order_T = is_image_T.to(torch.uint8).sort(descending=True, stable=True).indices
         return order_T[:num_features]
     places_K = is_image_T.nonzero()[:, 0]
-    if is_image_T.device.type != "meta" and places_K.shape[0] != num_features:
+    if places_K.shape[0] != num_features:
         raise ModelError(
-            "image tokens and image features differ in number",
+            "image tokens and images do not match in number",
             got=f"{places_K.shape[0]} image tokens, {num_features} image features",
             fix="give the model every image that its ids stand for, and no others",
         )

@@ -132,7 +132,7 @@ def _rows(model: MGMForConditionalGeneration, settings: dict[str, Any], ledger: 
 
 def _language(model: MGMForConditionalGeneration, rows: _Rows, ledger: Ledger) -> None:
     real = rows.mask.bool()
-    embeds = model.embeddings(rows.ids, rows.pixels)
+    embeds = model.embed(rows.ids, rows.pixels)
     ledger.compare("scaled_embeds", embeds, kept=real)
     ledger.compare("inputs_embeds", embeds / model.config.text_config.hidden_size**0.5, kept=real)
     out = model(

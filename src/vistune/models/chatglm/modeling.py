@@ -221,7 +221,28 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return out
 
 
-class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ChatGLMGenerationMixin(GenerationMixin):  # type: ignore[misc]
+    """Generation of models whose positions only the whole sequence of ids tells.
+
+    By the last word of this name transformers knows a model that generates (5.17 and 5.23).
+    """
+
+    config: Any
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds the positions."""
+        kwargs["position_ids"] = padded_positions(
+            input_ids, attention_mask, self.config.get_text_config()
+        )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
+        return inputs
+
+
+class ChatGLMForCausalLM(ChatGLMPreTrainedModel, ChatGLMGenerationMixin):
     """ChatGLM with its head (untied, without bias)."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -264,24 +285,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):  # type: igno
         )
         hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
-        if labels is not None:
-            loss = shifted_cross_entropy(logits, labels)
+        loss = None if labels is None else shifted_cross_entropy(logits, labels)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Adds the positions, which only the whole sequence of ids tells."""
-        return super().prepare_inputs_for_generation(  # type: ignore[no-any-return]
-            input_ids,
-            attention_mask=attention_mask,
-            **{**kwargs, "position_ids": padded_positions(input_ids, attention_mask, self.config)},
         )
 
 

@@ -7,35 +7,27 @@ are ours.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.attention import register_packed_attention
 from vistune.models.contract import ModuleMap
 from vistune.models.fused.trunk import FusedTrunk
 from vistune.models.mgm.configuration import MGMConfig, vision_grid
 from vistune.models.mgm.convnext import ConvNeXtStages, joined_map
 from vistune.models.mgm.mining import MGMConnector, tiles
 from vistune.models.splice import idle, splice
-from vistune.types import Tail, VisionGrid
+from vistune.models.spliced import SplicedLanguageModel
+from vistune.types import ImageShape, VisionGrid
 
 _HIGH_RES_STEP_PX = 32
 
 
-class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MGMForConditionalGeneration(SplicedLanguageModel):
     """The whole model. See the module for what it is made of.
 
     Source: MGM-2B and MGM-2B-HD. One thing differs unless `aux_drop_path_rate` says so: MGM's
@@ -44,13 +36,7 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
 
     config_class = MGMConfig
     config: MGMConfig
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer", "CLIPEncoderLayer", "ConvNeXtBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
 
     def __init__(self, config: MGMConfig) -> None:
         super().__init__(config)
@@ -108,18 +94,6 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         token_id = self.config.image_token_id
         assert token_id is not None
         return token_id
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Returns Gemma's embedding, which multiplies what it looks up."""
-        found = self.language_model.get_input_embeddings()
-        assert isinstance(found, nn.Module)
-        return found
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Returns the head."""
-        found = self.language_model.get_output_embeddings()
-        assert isinstance(found, nn.Module)
-        return found
 
     def low_resolution(self, pixels_NCYX: Tensor) -> tuple[Tensor, Tensor | None]:
         """Makes the pictures for CLIP from the normalised high-resolution ones.
@@ -206,12 +180,18 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         whole = self.connector(low[:, 0], _as_weights(whole_maps, self.connector))
         return torch.cat((whole, crops), dim=1)
 
-    def embeddings(self, input_ids_BT: Tensor, pixels_NCYX: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids_BT: Tensor,
+        pixel_values_NCYX: Tensor | None,
+        image_shapes: tuple[ImageShape, ...] = (),
+    ) -> Tensor:
         """Embeds text and puts the images in their places, all multiplied by Gemma's factor.
 
         Args:
             input_ids_BT: int64 [B, T]; an image stands as a run of `image_token_id`.
-            pixels_NCYX: Images in reading order, or None.
+            pixel_values_NCYX: Images in reading order, or None.
+            image_shapes: None: every picture has the one size.
 
         Returns:
             [B, T, D].
@@ -219,146 +199,24 @@ class MGMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         Raises:
             ModelError: Image tokens and images do not match in number.
         """
+        assert not image_shapes
         at_image_BT = input_ids_BT == self.image_token_id
         table = self.get_input_embeddings()
         text_BTD = table(input_ids_BT.masked_fill(at_image_BT, 0))
-        if pixels_NCYX is None:
-            return splice(text_BTD, at_image_BT, None)
-        images_NKD = self.image_embeddings(pixels_NCYX).to(text_BTD.dtype)
+        if pixel_values_NCYX is None:
+            return splice(text_BTD, at_image_BT, None) + idle(
+                self.image_embeddings,
+                (self.vision_tower, self.vision_tower_aux, self.connector),
+                side_px=self.config.image_size_aux,
+                like=text_BTD,
+                always=self.touch_vision_always,
+            )
+        images_NKD = self.image_embeddings(pixel_values_NCYX).to(text_BTD.dtype)
         # The factor is rounded to the embeddings' number format first, as Gemma's own is.
         factor = torch.tensor(
             _compat.embedding_scale(table), dtype=text_BTD.dtype, device=text_BTD.device
         )
         return splice(text_BTD, at_image_BT, (images_NKD * factor).flatten(0, 1))
-
-    def hidden_states(
-        self,
-        *,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        pixel_values_NCYX: Tensor | None,
-    ) -> Tensor:
-        """Runs one packed row; see `vistune.models.contract.VisionLanguageModel`.
-
-        Returns:
-            [1, T, D].
-
-        Raises:
-            ModelError: Image tokens and images do not match in number.
-        """
-        embeds_BTD = self._row_embeddings(input_ids_BT, pixel_values_NCYX)
-        if self.fused is not None:
-            return self.fused.hidden_states(
-                embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
-            )
-        out = _compat.decoder_of(self.language_model)(
-            inputs_embeds=embeds_BTD,
-            attention_mask=packing_mask(cu_seqlens, max_seqlen),
-            position_ids=position_ids_BT,
-            use_cache=False,
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
-
-    def target_states(
-        self,
-        *,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        pixel_values_NCYX: Tensor | None,
-        tail: Tail,
-    ) -> Tensor:
-        """As `hidden_states`, at the target positions only: [M, D]. Needs the fused layers."""
-        assert self.fused is not None
-        return self.fused.target_states(
-            self._row_embeddings(input_ids_BT, pixel_values_NCYX),
-            position_ids_BT,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            tail=tail,
-        )
-
-    def _row_embeddings(self, input_ids_BT: Tensor, pixel_values_NCYX: Tensor | None) -> Tensor:
-        """Returns `embeddings` that depend on every trained vision and connector weight."""
-        embeds_BTD = self.embeddings(input_ids_BT, pixel_values_NCYX)
-        if pixel_values_NCYX is not None:
-            return embeds_BTD
-        seeing = (self.vision_tower, self.vision_tower_aux, self.connector)
-        return embeds_BTD + idle(
-            self.image_embeddings,
-            seeing,
-            side_px=self.config.image_size_aux,
-            like=embeds_BTD,
-            always=self.touch_vision_always,
-        )
-
-    def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Applies the tied head: [M, D] -> [M, V]."""
-        out: Tensor = self.language_model.lm_head(hidden_MD)
-        return out
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Runs a padded batch, with or without a cache. The loss is computed outside.
-
-        Args:
-            input_ids: int64 [B, T], image tokens expanded.
-            pixel_values: Images in reading order, [N, 3, S, S].
-            attention_mask: [B, past + T], 0 at padding, or None.
-            position_ids: int64 [B, T].
-            past_key_values: The cache.
-            inputs_embeds: [B, T, D] in place of ids and images, already multiplied.
-            use_cache: Return a cache.
-            logits_to_keep: Logits of that many last tokens only; 0 for all.
-            kwargs: For Gemma.
-
-        Raises:
-            ModelError: Neither or both of ids and embeddings, labels, or a number of images that
-                does not fit the text.
-        """
-        if kwargs.pop("labels", None) is not None:
-            raise ModelError("labels never enter the model; compute the loss from the logits")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ModelError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embeddings(input_ids, pixel_values)
-        out = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        assert isinstance(out, CausalLMOutputWithPast)
-        return out
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Gives images to the first pass only; afterwards the cache holds them."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = kwargs.get("past_key_values")
-        if pixel_values is not None and (cache is None or cache.get_seq_length() == 0):
-            inputs["pixel_values"] = pixel_values
-        return inputs
 
 
 def _resized(pictures_NCYX: Tensor, side: int) -> Tensor:

@@ -11,18 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Blip2QFormerModel,
-    Blip2VisionModel,
-    Cache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import Blip2QFormerModel, Blip2VisionModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from vistune.errors import ModelError
-from vistune.models.chatglm.modeling import ChatGLMForCausalLM, shifted_cross_entropy
+from vistune.models.chatglm.modeling import ChatGLMForCausalLM, ChatGLMGenerationMixin
 from vistune.models.chatglm.positions import padded_positions
 from vistune.models.contract import ModuleMap
 from vistune.models.splice import idle, splice
@@ -58,7 +52,7 @@ class VisualGLMConnector(nn.Module):
         return out
 
 
-class VisualGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class VisualGLMForConditionalGeneration(PreTrainedModel, ChatGLMGenerationMixin):  # type: ignore[misc]
     """The whole model. See the module for what it is made of.
 
     Source: VisualGLM-6B; input construction in `vistune.models.visualglm.prompt`.
@@ -241,31 +235,19 @@ class VisualGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
         )
         assert isinstance(outputs, CausalLMOutputWithPast)
-        if labels is not None:
-            outputs.loss = shifted_cross_entropy(outputs.logits, labels)
         return outputs
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Adds the positions, and the image in the first step only."""
-        positions = padded_positions(input_ids, attention_mask, self.config.text_config)
-        kwargs["position_ids"] = positions
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask, **kwargs)
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             inputs.pop("pixel_values", None)
             inputs.pop("pre_image_length", None)
         return inputs
