@@ -118,13 +118,6 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise CheckpointError("there is no such directory", where=str(folder))
     if is_partial(folder):
         return folder
-    if not folder.is_dir():
-        raise CheckpointError(
-            "this file is no checkpoint",
-            where=str(folder),
-            expected="a directory, or a .pth file of XTuner that holds the projector alone",
-            fix="name the connector's weights in model.connector.weights",
-        )
     if (folder / SEAL_NAME).is_file():
         verify(folder)
         return folder
@@ -156,12 +149,13 @@ def is_partial(path: Path) -> bool:
 
     XTuner's directories and checkpoints, and what the original LLaVA writes after its first stage
     and after LoRA; `checkpoint.layouts.partial` reads them. A run or a model of vistune never does.
+    A single file can be nothing else: a connector's weights, with or without what training keeps.
 
     Args:
         path: A file or directory.
     """
     if path.is_file():
-        return path.suffix == ".pth"
+        return True
     if (path / SEAL_NAME).is_file() or (path / MANIFEST_NAME).is_file():
         return False
     if (path / "projector" / "config.json").is_file():

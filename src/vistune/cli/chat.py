@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    Path, typer.Argument(help="A run, a checkpoint of it, or an exported model directory.")
+    Path, typer.Argument(help="A run, a checkpoint of it, or a model directory of any known layout.")
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or npu.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]

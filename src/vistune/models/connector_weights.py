@@ -7,6 +7,7 @@ a file is stands in its keys.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def read_connector(path: Path) -> dict[str, Tensor]:
         where=str(file),
         got=f"{len(others)} other weights such as {', '.join(others[:3])}" if others else "nothing",
         expected="weights under one of " + ", ".join(_PREFIXES),
-        fix="convert the checkpoint (XTuner: convert pth_to_hf), name its projector/ here and its"
-        " llm_adapter/ in model.language_model.adapter",
+        fix="name a whole model by its directory; convert a checkpoint of XTuner that holds more"
+        " than the projector (pth_to_hf) and name that directory in model.from_checkpoint",
     )
 
 
@@ -141,8 +142,10 @@ def _load_inert(file: Path) -> object:
     except (ValueError, RuntimeError):  # not a file in PyTorch's present format
         unknown = []
     stands_for: list[Any] = [(_Inert, name) for name in unknown]
+    # Mapped, so that asking for shapes reads none of a large file; older formats cannot be.
+    mapped = zipfile.is_zipfile(file)
     with torch.serialization.safe_globals(stands_for):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
 
 
 def _read(file: Path) -> object:

@@ -164,6 +164,10 @@ def test_a_projector_only_checkpoint(config: ModelConfig, tmp_path: Path, form: 
     }
     asked = {"from_checkpoint": str(path), "bases": bases}
     same(answered(asked, config), expected)
+    bare = {n.replace("projector.model.", "model.mm_projector."): t for n, t in state.items()}
+    torch.save(bare, tmp_path / "mm_projector.bin")
+    one = {"from_checkpoint": str(tmp_path / "mm_projector.bin"), "bases": bases}
+    same(answered(one, config), expected)
     with pytest.raises(ModelError, match="brings its own connector"):
         drawn(asked | {"connector": {"weights": str(path)}})
     write({**state, "llm.base_model.model.output.lora_A.default.weight": torch.zeros(2, 2)})
@@ -233,12 +237,13 @@ def test_pieces_of_the_original_llava(config: ModelConfig, tmp_path: Path, kind:
 def test_what_is_neither(config: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         draw_directory(tmp_path / "none")
-    (tmp_path / "model.bin").touch()
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        draw_directory(tmp_path / "model.bin")
-    (tmp_path / "iter_1.pth").write_bytes(b"nothing")
-    with pytest.raises(WeightsError, match="cannot be read"):
-        draw_directory(tmp_path / "iter_1.pth")
+    for name, content in (("model.bin", b""), ("iter_1.pth", b"nothing"), ("a.txt", b"text")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match="cannot be read"):
+            draw_directory(tmp_path / name)
+    assert config.language_model is not None
+    with pytest.raises(WeightsError, match="name a whole model by its directory"):
+        draw_directory(Path(config.language_model.path) / "model.safetensors")
     trained(config, tmp_path / "step", {"connector": {"mode": "full"}})
     with pytest.raises(ModelError, match="has no effect"):
         drawn({"from_checkpoint": str(tmp_path / "step"), "connector": {"weights": "x.bin"}})

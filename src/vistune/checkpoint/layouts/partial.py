@@ -1,7 +1,7 @@
 """Directories and files that hold only what was trained, and name the models it stands on.
 
     <dir>/projector/ [llm_adapter/] [visual_encoder_adapter/] [config.json and weights]   XTuner
-    iter_N.pth, as a file or as DeepSpeed's directory                                     XTuner
+    iter_N.pth, as a file or as DeepSpeed's directory; mm_projector.bin           XTuner, LLaVA
     <dir>/config.json, mm_projector.bin                                          LLaVA, stage 1
     <dir>/config.json, adapter_config.json, non_lora_trainables.bin                 LLaVA, LoRA
 
@@ -73,7 +73,7 @@ def read_partial(path: Path, bases: BasesConfig) -> Partial | None:
 
 
 def _connector_file(path: Path, bases: BasesConfig) -> Partial:
-    """A checkpoint of XTuner's training, which must hold the projector alone."""
+    """A checkpoint of XTuner's training, or a file of weights: a projector alone, in any case."""
     num_linears = sum(tensor.dim() == 2 for tensor in read_connector(path).values())
     meta = read_beside(path).get("meta")
     text = meta.get("cfg") if isinstance(meta, dict) else None
