@@ -129,3 +129,13 @@ def test_missing_model_and_test_set_are_named(tmp_path: Path) -> None:
     done = run("eval", str(tmp_path), str(tmp_path / "none.jsonl"))
     assert done.returncode == 2
     assert "none.jsonl: cannot read the test set" in done.stderr
+
+
+def test_recipe_check_looks_for_every_shard_of_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "s-0.tar").touch()
+    (tmp_path / "s-1.tar").touch()
+    for last, code in ((1, 0), (2, 2)):
+        source = f"{{path: '{tmp_path}/s-{{0..{last}}}.tar', format: webdataset}}"
+        done = run("recipe", "check", "llava-1.5/7b-pretrain", f"data.train=[{source}]")
+        assert done.returncode == code, done.stderr
+    assert "s-2.tar" in done.stderr

@@ -96,13 +96,17 @@ def check(name: Name, overrides: Overrides = None) -> None:
 
 def _missing_files(resolved: ResolvedRecipe) -> list[str]:
     """Returns the local paths a recipe names that do not exist, with their keys and origins."""
+    from vistune.data.formats.paths import files_of
+
     recipe = resolved.recipe
     named: dict[str, str | None] = {"model.from_checkpoint": recipe.model.from_checkpoint}
     if recipe.model.vision_tower_aux is not None:
         named["model.vision_tower_aux.path"] = recipe.model.vision_tower_aux.path
     named["model.connector.weights"] = recipe.model.connector.weights
     for index, source in enumerate(recipe.data.train):
-        named[f"data.train.{index}.path"] = source.path
+        files = files_of(source.path)  # of shards with wildcards, every one
+        gone = [str(file) for file in files if not file.exists()] if files else [source.path]
+        named[f"data.train.{index}.path"] = gone[0] if gone else None
         named[f"data.train.{index}.images"] = source.images
     for index, image in enumerate(recipe.sample.images):
         named[f"sample.images.{index}"] = image

@@ -147,9 +147,9 @@ class SourceConfig(Section):
     `value`, `image`), `sharegpt` (the same with `images`), `messages` (OpenAI and hub chats),
     `xtuner` (`conversation` of `input` and `output`), `alpaca` (`instruction`, `input`, `output`),
     `visualglm` (`img`, `prompt`, `label`), `data_juicer` (`text`, `images`). One object:
-    `coco_captions`. A folder of labels: `cogvlm_sft`. A tar file or a folder of them: `webdataset`.
-    A folder of images with a text file beside each: `image_folder`. Image names and captions:
-    `captions_csv`."""
+    `coco_captions`. A folder of labels: `cogvlm_sft`. A tar file, a folder of them or a pattern
+    such as `train-{000..127}.tar`: `webdataset`. A folder of images with a text file beside each:
+    `image_folder`. Image names and captions: `captions_csv`."""
     path: str
     """The dataset file, relative to the working directory."""
     images: str | None = None
