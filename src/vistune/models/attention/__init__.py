@@ -14,6 +14,7 @@ from vistune.models.attention.interface import (
     packing_mask,
     register_packed_attention,
 )
+from vistune.models.attention.patches import is_patch_name, register_patch_attention
 
 __all__ = [
     "AUTO",
@@ -25,10 +26,12 @@ __all__ = [
     "attend_packed",
     "attend_tail",
     "backend_of",
+    "is_patch_name",
     "packed_attention",
     "packing_mask",
     "reach_of_prefixes",
     "reach_of_runs",
     "register_ahead_attention",
     "register_packed_attention",
+    "register_patch_attention",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from vistune.device.attention import (
     AttentionSupport,
     choose_attention,
     choose_row_attention,
+    why_not,
 )
 from vistune.errors import ModelError
 from vistune.models.attention.auto import AUTO, BackendName, backend_of
@@ -23,6 +24,7 @@ from vistune.models.attention.interface import (
     register_packed_attention,
     register_row_attention,
 )
+from vistune.models.attention.patches import is_patch_name, register_patch_attention
 from vistune.models.contract import ModuleMap
 
 
@@ -136,14 +138,18 @@ def _dropout(config: Any) -> float:
 def _install_rows(
     model: Any, wanted: BackendName, support: AttentionSupport, dtype: torch.dtype
 ) -> AttentionChoice:
-    prefixes = model.module_map.prefixes("vision")
-    configs = {
+    prefixes = tuple(prefix.rstrip(".") + "." for prefix in model.module_map.prefixes("vision"))
+    towers = {
         id(module.config): module.config
         for name, module in model.named_modules()
-        if (name + ".").startswith(tuple(prefix.rstrip(".") + "." for prefix in prefixes))
-        and getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-        and hasattr(module.config, "num_attention_heads")
+        if (name + ".").startswith(prefixes)
+        and hasattr(getattr(module, "config", None), "num_attention_heads")
     }
+    names = {key: getattr(c, "_attn_implementation", None) for key, c in towers.items()}
+    laid_out = [c for key, c in towers.items() if is_patch_name(names[key])]
+    if laid_out:
+        return _install_patches(laid_out, wanted, support, dtype)
+    configs = {key: c for key, c in towers.items() if names[key] == "sdpa"}
     if not configs:
         return AttentionChoice("own", "the tower's layers")
     needs = _needs(list(configs.values()), dtype, drops_weights=True)
@@ -153,3 +159,19 @@ def _install_rows(
         for config in configs.values():
             config._attn_implementation = registered
     return choice
+
+
+def _install_patches(
+    configs: list[Any], wanted: BackendName, support: AttentionSupport, dtype: torch.dtype
+) -> AttentionChoice:
+    needs = _needs(configs, dtype, drops_weights=True)
+    name: Literal["sdpa", "varlen", "flash_attn"] = "sdpa"
+    # The other kernels are for causal rows, or have nothing to add.
+    for other in ("flash_attn",) if wanted == "flash_attn" else ("varlen",):
+        if wanted != "sdpa" and why_not(other, support, needs) is None:
+            name = other
+    # `auto` looks at every call: a head of another width than the config says is no error.
+    registered = register_patch_attention("auto" if name == "varlen" else name)
+    for config in configs:
+        config._attn_implementation = registered
+    return AttentionChoice(name, "images of any size end to end")

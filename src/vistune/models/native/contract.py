@@ -8,7 +8,7 @@ forward pass takes what the layout says of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -110,6 +110,16 @@ class LooksAhead(Protocol):
     @property
     def first_position(self) -> int:
         """The position of a sample's first token."""
+        ...
+
+
+@runtime_checkable
+class TakesPatches(Protocol):
+    """A family whose tower takes the images of a row end to end, with their boundaries."""
+
+    @property
+    def takes_patches(self) -> Literal[True]:
+        """Says so; other families do not have it."""
         ...
 
 

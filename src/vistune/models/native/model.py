@@ -22,9 +22,10 @@ from vistune.models.attention import (
     reach_of_runs,
     register_ahead_attention,
     register_packed_attention,
+    register_patch_attention,
 )
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import LooksAhead, NativeFamily
+from vistune.models.native.contract import LooksAhead, NativeFamily, TakesPatches
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
@@ -58,6 +59,9 @@ class NativeVLM(nn.Module):
         self._ahead = family if isinstance(family, LooksAhead) else None
         self._first_position = 0 if self._ahead is None else self._ahead.first_position
         inner.config.get_text_config()._attn_implementation = self._attention_name()
+        if isinstance(family, TakesPatches):
+            for tower in family.roles.vision:
+                inner.get_submodule(tower).config._attn_implementation = register_patch_attention()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
         """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""

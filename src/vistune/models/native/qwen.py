@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Patches:
     close_text: str
     connector: tuple[str, ...]
     counts_frames: bool = False
+    takes_patches: Literal[True] = True
 
     @property
     def image_marks(self) -> tuple[str, str, str]:
