@@ -174,3 +174,20 @@ def test_deep_finds_what_headers_hide(tmp_path: Path) -> None:
     file.write_bytes(bytes(content))
     assert check(path).num_ok == 2
     assert check(path, deep=True).by_reason() == {"image_corrupt": 1}
+
+
+def test_sources_called_alike_are_told_apart(tmp_path: Path) -> None:
+    paths = []
+    for name in ("a", "b", "b/c", "x/b"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        rows: list[Any] = [{"conversations": talk("Hi", "Ho")}, {"conversations": []}]
+        paths.append(str(write_rows(tmp_path / name, rows, "train.jsonl")))
+    named = [SourceConfig(path=paths[0], name="mine"), SourceConfig(path=paths[1], name="mine")]
+    unnamed = [SourceConfig(path=path) for path in paths]
+    report = check_sources([*named, *unnamed], make_encoder(), max_tokens=900, overlong="error")
+    expected = ("mine", "mine", "a/train", "b/train", "c/train", "b/train#2")
+    assert report.sources == expected
+    assert tuple(row.source for row in report.rejected) == expected
+    assert tuple(reader.read(0).source for reader in report.readers) == expected
+    alone = check_sources(unnamed[:1], make_encoder(), max_tokens=900, overlong="error")
+    assert alone.sources == ("train",)
