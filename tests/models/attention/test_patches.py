@@ -60,6 +60,7 @@ def test_as_transformers_with_a_call_for_each_image(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA device")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_one_kernel_for_all_images_on_a_gpu(tmp_path: Path, kind: str) -> None:
     model: Any = load_assembled(write_native(kind, tmp_path / "model")).model
