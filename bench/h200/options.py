@@ -2,7 +2,7 @@
 
     python bench/h200/make.py FOLDER --tokenizer DIR --size 7b
     python bench/h200/make.py FOLDER --tokenizer DIR --size 7b-8
-    python bench/h200/options.py FOLDER [--groups offload,attention,layers,tower] [--steps 6]
+    python bench/h200/options.py FOLDER [--groups offload,attention,layers,tower] [--lines NAME ...]
 
 Each line is a run of engine.py's stage-2 recipe (LoRA, one row of about 12,700 tokens a step) in a
 process of its own, with settings changed. Groups `offload`, `attention` and `tower` take the whole
@@ -77,11 +77,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--lines", nargs="*", help="only these lines of the groups")
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     for group in args.groups.split(","):
         size, lines = GROUPS[group]
         for name, settings in lines.items():
+            if args.lines and name not in args.lines:
+                continue
             figures = measure(args.folder, size, settings, args.steps)
             print("OPTION " + json.dumps({"group": group, "name": name, **figures}), flush=True)
 
