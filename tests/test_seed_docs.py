@@ -94,10 +94,15 @@ def test_the_tutorials_way_runs(
     write_pictures(tmp_path / "images")
     shutil.copy("images/train.json", "unique_data.json")
     train(load_recipe(own[2], [*own[3:], *SMALL]), console=Console(quiet=True))
-    chat = next(w for w in commands(PAGES[0]) if w[1:3] == ["chat", "runs/own"])
     shutil.copy("images/0.png", "photo.jpg")
-    run([*chat, "--max-new-tokens", "2"], monkeypatch)
     words = commands(PAGES[0])
+    for asked in ("checkpoints/iter_2181.pth", "runs/own"):
+        chat = next(w for w in words if w[1:3] == ["chat", asked])
+        run([*chat, "--max-new-tokens", "2"], monkeypatch)
+    # The projector alone, as one directory: XTuner's convert and merge in one step.
+    before = written(words, "chat", "checkpoints/iter_2181.pth")[2:9]
+    run(["vistune", "export", *before, "--to", "vistune", "-o", "before"], monkeypatch)
+    run(["vistune", "chat", "before", "-p", "what", "--max-new-tokens", "2"], monkeypatch)
     to_xtuner = written(words, "export", "xtuner")
     merged = next(w for w in words if w[1:3] == ["export", "llava-internlm2"])
     run(["vistune", "export", "runs/own", *to_xtuner[3:]], monkeypatch)

@@ -34,6 +34,7 @@ from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, load_trainable
 from vistune.recipe import (
+    BasesConfig,
     DataConfig,
     ImageConfig,
     ModelConfig,
@@ -44,6 +45,22 @@ from vistune.types import ImageDefaults
 
 if TYPE_CHECKING:
     from vistune.models.whole import WholeModel
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a directory of another project may leave out.
+
+    Args:
+        bases: The models it stands on.
+        template: Chat template; its own, or its family's, when None.
+    """
+
+    bases: BasesConfig = field(default_factory=BasesConfig)
+    template: str | None = None
+
+
+_SAYS_IT_ITSELF = Origin()
 
 
 @dataclass(frozen=True)
@@ -96,14 +113,23 @@ def draw(recipe: Recipe) -> Blueprint:
     return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model)
 
 
-def draw_directory(path: Path) -> Blueprint:
+def draw_directory(path: Path, origin: Origin = _SAYS_IT_ITSELF) -> Blueprint:
     """Describes what a directory holds: a run, a checkpoint, a whole model, trained pieces of one.
+
+    Args:
+        path: The directory, or a file of trained pieces.
+        origin: What it does not say itself.
 
     Raises:
         ModelError: A part is not there or does not fit.
         CheckpointError: The directory is none of these.
+        TemplateError: Neither it nor `origin` says how conversations are written.
     """
-    return _draw_from(path, None, ModelConfig(from_checkpoint=str(path)))
+    data = None
+    if origin.template is not None:
+        data = DataConfig.model_construct(train=(), template=origin.template)
+    asked = ModelConfig(from_checkpoint=str(path), bases=origin.bases)
+    return _draw_from(path, data, asked)
 
 
 def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Blueprint:
@@ -344,7 +370,11 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], *, wher
 
 
 def load_assembled(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    origin: Origin = _SAYS_IT_ITSELF,
 ) -> Assembled:
     """Loads a model to answer with: a run, a checkpoint, an exported directory, a LLaVA directory.
 
@@ -352,12 +382,13 @@ def load_assembled(
         path: Run directory (its newest checkpoint), checkpoint, or model directory.
         dtype: Format of the weights.
         device: Where the model is put.
+        origin: What the directory does not say itself.
 
     Raises:
         CheckpointError: The directory is none of these.
         ModelError: Its parts are not there any more.
     """
-    blueprint = draw_directory(Path(path))
+    blueprint = draw_directory(Path(path), origin)
     folder = resolve_checkpoint(Path(path))
     has_manifest = (folder / MANIFEST_NAME).is_file()
     seed = read_manifest(folder).seed if has_manifest else 0

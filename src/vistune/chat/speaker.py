@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vistune.assembly import Assembled, load_assembled
+from vistune.assembly import Assembled, Origin, load_assembled
 from vistune.data.image import load as load_image
 from vistune.device import Device, select_device
 from vistune.generate import Prompt, stream
@@ -73,7 +73,13 @@ class ModelSpeaker:
 
 
 def load_speaker(
-    path: Path, *, device: str, dtype: str, temperature: float = 0.0, top_p: float = 1.0
+    path: Path,
+    *,
+    device: str,
+    dtype: str,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    origin: Origin | None = None,
 ) -> ModelSpeaker:
     """Loads a model to talk to.
 
@@ -83,10 +89,13 @@ def load_speaker(
         dtype: Number format name.
         temperature: 0 for greedy.
         top_p: Nucleus of sampling.
+        origin: What a directory of another project does not say itself.
 
     Raises:
         VistuneError: The model or the device is not there.
     """
     chosen = select_device(device, dtype)
-    assembled = load_assembled(path, dtype=chosen.dtype, device=chosen.torch_device)
+    assembled = load_assembled(
+        path, dtype=chosen.dtype, device=chosen.torch_device, origin=origin or Origin()
+    )
     return ModelSpeaker(assembled, chosen, temperature=temperature, top_p=top_p)

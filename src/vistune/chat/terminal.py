@@ -38,6 +38,9 @@ class ChatOptions:
         top_p: Nucleus of sampling.
         device: Device name.
         dtype: Number format name.
+        template: Chat template, where the model brings none.
+        vision_tower: The encoder that a model of another project stands on, where it says another.
+        language_model: The language model that it stands on, likewise.
     """
 
     images: tuple[Path, ...] = ()
@@ -48,6 +51,9 @@ class ChatOptions:
     top_p: float = 1.0
     device: str = "auto"
     dtype: str = "auto"
+    template: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
 
 
 def run_chat(model: Path, options: ChatOptions) -> int:
@@ -63,7 +69,9 @@ def run_chat(model: Path, options: ChatOptions) -> int:
     Raises:
         VistuneError: The model cannot be loaded, or a one-shot question cannot be answered.
     """
+    from vistune.assembly import Origin
     from vistune.chat.speaker import load_speaker
+    from vistune.recipe import BasesConfig
 
     if sys.stderr.isatty():
         print(f"loading {model} ...", file=sys.stderr, flush=True)
@@ -73,6 +81,10 @@ def run_chat(model: Path, options: ChatOptions) -> int:
         dtype=options.dtype,
         temperature=options.temperature,
         top_p=options.top_p,
+        origin=Origin(
+            BasesConfig(vision_tower=options.vision_tower, language_model=options.language_model),
+            options.template,
+        ),
     )
     session = ChatSession(speaker, options.max_new_tokens, options.system)
     for image in options.images:

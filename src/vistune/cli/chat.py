@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    Path, typer.Argument(help="A run, a checkpoint of it, or a model directory of any known layout.")
+    Path,
+    typer.Argument(help="A run, a checkpoint of it, or a model directory of any known layout."),
+]
+Template = Annotated[
+    str | None, typer.Option("--template", help="Chat template, where the model brings none.")
+]
+TowerBase = Annotated[
+    str | None,
+    typer.Option("--vision-tower", help="Encoder that a directory of trained pieces stands on."),
+]
+LanguageBase = Annotated[
+    str | None,
+    typer.Option("--language-model", help="Language model that it stands on, likewise."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or npu.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
@@ -32,6 +44,9 @@ def chat(
     ] = 1.0,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
+    template: Template = None,
+    vision_tower: TowerBase = None,
+    language_model: LanguageBase = None,
 ) -> None:
     """Talk to a model about images. Lines are read from a pipe as well as from a terminal."""
     from vistune.chat.terminal import ChatOptions, run_chat
@@ -45,5 +60,8 @@ def chat(
         top_p=top_p,
         device=device,
         dtype=dtype,
+        template=template,
+        vision_tower=vision_tower,
+        language_model=language_model,
     )
     raise typer.Exit(run_chat(model, options))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vistune.cli.chat import LanguageBase, Template, TowerBase
+
 
 class Target(StrEnum):
     """Forms of an export."""
@@ -22,7 +24,7 @@ class Target(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run, or one checkpoint of it.")],
+    run: Annotated[Path, typer.Argument(help="A run, a checkpoint of it, or a model directory.")],
     to: Annotated[
         Target,
         typer.Option(
@@ -37,9 +39,21 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an export already there.")
     ] = False,
+    template: Template = None,
+    vision_tower: TowerBase = None,
+    language_model: LanguageBase = None,
 ) -> None:
     """Merge adapters and write the model for transformers, PEFT or vistune itself."""
+    from vistune.assembly import Origin
     from vistune.export import export_model
+    from vistune.recipe import BasesConfig
 
-    written = export_model(run, to=to.value, output=output, overwrite=overwrite)
+    bases = BasesConfig(vision_tower=vision_tower, language_model=language_model)
+    written = export_model(
+        run,
+        to=to.value,
+        output=output,
+        overwrite=overwrite,
+        origin=Origin(bases, template),
+    )
     print(f"written: {written}")

@@ -139,7 +139,7 @@ def model_system(
 def _identity(folder: Path) -> str:
     """Returns a digest of the directory's files: names, sizes and times of change."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for file in sorted(p for p in (folder, *folder.rglob("*")) if p.is_file()):
         state = file.stat()
         digest.update(f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns}".encode())
     return f"{folder} {digest.hexdigest()[:16]}"

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from vistune._version import __version__
 from vistune.assembly import (
     Assembled,
+    Origin,
     build_parts,
     draw_directory,
     lay_over,
@@ -57,6 +58,7 @@ def export_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    origin: Origin | None = None,
 ) -> Path:
     """Writes a trained model in another form.
 
@@ -71,6 +73,7 @@ def export_model(
         overwrite: Replace what is there.
         dtype: Format of the weights; that of the language model's config when left out.
         verify: Load an `hf` export with transformers and compare its logits.
+        origin: What a directory of another project does not say itself.
 
     Returns:
         The directory written.
@@ -82,11 +85,12 @@ def export_model(
     """
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    blueprint = draw_directory(folder)
+    origin = origin or Origin()
+    blueprint = draw_directory(folder, origin)
     facts, parts = blueprint.facts, blueprint.parts
-    origin = _origin(parts)
-    dtype = dtype or _stored_dtype(facts, origin)
-    is_native = origin is not None and is_native_directory(origin)
+    stands_on = _origin(parts)
+    dtype = dtype or _stored_dtype(facts, stands_on)
+    is_native = stands_on is not None and is_native_directory(stands_on)
     if is_native:
         check_native_form(to)
     with new_directory(output, overwrite=overwrite) as target:
@@ -95,10 +99,10 @@ def export_model(
                 _check_composed(facts, to)
             _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
             return output
-        found = load_assembled(folder, dtype=dtype)
+        found = load_assembled(folder, dtype=dtype, origin=origin)
         whole = _manifest_of_whole(manifest, found.encoder, folder)
         if isinstance(found.model, NativeVLM):
-            write_native(found.model, found.encoder, target, origin=origin)
+            write_native(found.model, found.encoder, target, origin=stands_on)
             if to == "vistune":
                 write_manifest(target, whole)
             elif verify:
@@ -114,7 +118,7 @@ def export_model(
                 target,
                 to="sat" if to == "sat" else "native",
                 dtype=dtype,
-                origin=origin,
+                origin=stands_on,
             )
         else:
             _check_composed(facts, to)
