@@ -206,6 +206,7 @@ ROWS: dict[str, tuple[Cell, ...]] = {
                 f"{_E2E}test_train_resume_answer_export[llava-1.6-full]",
                 "tests/train/test_tiles.py::test_exports_answer_the_same",
                 "tests/train/test_tiles.py::test_transformers_reads_ids_pixels_and_answers",
+                "tests/train/test_tiles.py::test_an_adapter_export_has_the_newline_beside_it",
             ),
             "hf, llava, adapter, vistune",
         ),
