@@ -9,6 +9,7 @@ driver's context.
              end of the forward pass   casts + kept activations + logits (+ gradients, several rows)
              last layer backward       casts + kept activations + one layer's gradients (+ ...)
              layer computed again      casts + inputs of such layers + one layer in full
+             first layer backward      casts + gradients + one layer in full
              end of the backward pass  gradients
 """
 
@@ -194,13 +195,15 @@ class MemoryModel:
         held = total("weights") + total("optimizer") + WORKSPACE_BYTES
         several = row.num_rows > 1
         gradients = total("gradients")
-        always = total("casts") + tower + (gradients if several else 0)
+        standing = total("casts") + tower
+        always = standing + (gradients if several else 0)
         # A layer computed again makes all that it keeps once more; by then those after it are done.
         once_more = tokens * (here * self.layer.kept_recomputed + self.layer.kept + self.row)
         phases = {
             "forward": always + kept + logits,
             "backward": always + kept + passing,
             "recompute": (always + once_more + passing) if again else 0.0,
+            "first layer": standing + gradients + passing + tokens * (self.layer.kept + self.row),
             "tower": always + images,
             "update": float(gradients + self.visiting),
         }
@@ -211,7 +214,7 @@ class MemoryModel:
             activations=int(kept),
             logits=int(logits),
             passing=int(images if where == "tower" else passing),
-            gradients_at_peak=several or where == "update",
+            gradients_at_peak=several or where in ("update", "first layer"),
             peak=int(held + phases[where]),
         )
 
@@ -409,6 +412,7 @@ def _fused_bytes(
         if isinstance(part, nn.Linear) and ".lora_A" in name
     )
     rstd, lse = 4, 4 * heads
+    queries_padded, keys_padded = _padded_bytes(head_width, heads, kv_heads, dtype=dtype)
     repeated = repeated_bytes(config, dtype=dtype)
     mlp = b * (width + 2 * inner) + rstd  # h, gate_up
     names = {name for name, _ in layer.named_children()}
@@ -417,7 +421,7 @@ def _fused_bytes(
     # x, q k v, attended; heads before their norms, results before theirs; and key heads once for
     # each query head where the kernel wants them so
     kept = b * (width + 2 * query + key_value + ranks) + repeated + rstd + lse + mlp
-    kept += sandwich + raw
+    kept += sandwich + raw + queries_padded + keys_padded
     full = tune.language.mode == "full"
     fp8 = tune.language.mode != "full" and tune.language.frozen_format == "fp8"
     # Backward through the MLP: gradient of the output, of the active inner values, and where they
@@ -428,12 +432,26 @@ def _fused_bytes(
     through_attention = b * (3 * width + query + key_value) + repeated + 4 * query + 2 * lse
     return _Decoder(
         layer=LayerBytes(kept, b * width, max(through_mlp, through_attention)),
-        tail_kept=b * (width + key_value) + repeated + rstd,
-        tail_kept_target=b * (width + 2 * query + ranks) + rstd + lse + mlp,
+        tail_kept=b * (width + key_value) + repeated + rstd + keys_padded,
+        tail_kept_target=b * (width + 2 * query + ranks) + rstd + lse + mlp + queries_padded,
         # ids and positions (8 each), cos and sin (as wide as the embeddings' numbers), the mask of
         # image tokens and their places
         row=16 + 2 * head_width * (4 if full else b) + 9,
     )
+
+
+def _padded_bytes(
+    head_width: int, heads: int, kv_heads: int, *, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes for each token of heads copied to a width the kernel takes, a multiple of 8.
+
+    Returns:
+        Of queries and results, and of keys and values; none where the width is one already.
+    """
+    if head_width % 8 == 0 or dtype is torch.float32:
+        return 0, 0
+    each = 2 * dtype.itemsize * (head_width + -head_width % 8)
+    return each * heads, each * kv_heads
 
 
 def _counted_bytes(
