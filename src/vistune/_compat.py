@@ -139,13 +139,14 @@ def set_recompute(
 def _recomputed(
     keeping: Callable[[Tensor], AbstractContextManager[None]] | None,
     function: Callable[..., Any],
-    input_: Tensor,
     *args: Any,
 ) -> Any:
+    if keeping is None:
+        return checkpoint(function, *args, use_reentrant=False)
     # Torch keeps a checkpoint's inputs as saved tensors, to which hooks around it apply (2.11 to
-    # 2.13); what the layer itself saves is not kept.
-    with nullcontext() if keeping is None else keeping(input_):
-        return checkpoint(function, input_, *args, use_reentrant=False)
+    # 2.13); what the layer itself saves is not kept. Every decoder passes its input first.
+    with keeping(args[0]):
+        return checkpoint(function, *args, use_reentrant=False)
 
 
 class Decoding:

@@ -10,12 +10,13 @@ from vistune.errors import ModelError
 from vistune.models.attention.install import install_attention
 from vistune.models.compiled import compile_blocks
 from vistune.models.fused.install import install_fused
+from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import TuneConfig
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiled_blocks_give_the_same(tmp_path: Path, fused: bool) -> None:
+@pytest.mark.parametrize(("fused", "recomputed"), [(False, 0), (False, 1), (True, 0), (True, 1)])
+def test_compiled_blocks_give_the_same(tmp_path: Path, fused: bool, recomputed: int) -> None:
     """By torch's tracer without code generation, which takes a minute on a CPU."""
     results = []
     for compiled in (False, True):
@@ -23,7 +24,8 @@ def test_compiled_blocks_give_the_same(tmp_path: Path, fused: bool) -> None:
         lora = {"language": {"mode": "lora", "rank": 2}}
         apply_tuning(model, TuneConfig.model_validate(lora), seed=0)
         model.train()
-        install_fused(model, mode="on" if fused else "off", fp8=False)
+        set_checkpoint_layers(model, recomputed)
+        install_fused(model, mode="on" if fused else "off", fp8=False, num_recomputed=recomputed)
         if compiled:
             install_attention(
                 model, wanted="auto", dtype=torch.float32, device=torch.device("cpu"), opaque=True
