@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -413,6 +414,23 @@ def test_a_version_that_computes_wrongly_is_refused(
     monkeypatch.setattr("transformers.__version__", "5.22.1")
     with pytest.raises(ModelError, match=r"5\.23"):
         load_assembled(folder)
+
+
+def test_the_begin_of_text_stands_in_front_once(tmp_path: Path) -> None:
+    folder = write_native("internvl", tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    plain = tokenizer.chat_template
+    for template in (plain, "{{ bos_token }}" + plain):  # processors add what is not written
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        encoder = load_assembled(folder).encoder
+        ids = encoder.encode_prompt([Turn("user", ("hi",))], []).input_ids.tolist()
+        assert ids.index(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1
+        assert ids[0] == tokenizer.bos_token_id
 
 
 def test_a_tokenizer_without_places_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def describe_native(folder: Path) -> ModelFacts:
         template="paligemma" if _reads_prompts_both_ways(family) else "auto",
         layout=family.layout(config, processor, tokenizer),
         image_marks=family.image_marks,
+        adds_bos=True,
         whole_config=config,
     )
 

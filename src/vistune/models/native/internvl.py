@@ -42,8 +42,8 @@ class InternVL:
 
     def untrained(self, config: Any) -> tuple[str, ...]:
         """Returns the mask token, which only pretraining of the tower uses, where there is one."""
-        used = not config.vision_config.use_mask_token
-        return () if used else ("model.vision_tower.embeddings.mask_token",)
+        has_one = config.vision_config.use_mask_token
+        return ("model.vision_tower.embeddings.mask_token",) if has_one else ()
 
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `ratio_tiles`.

@@ -105,10 +105,10 @@ class LlavaOneVision:
             counts += [1] * number if is_cut else [max(2, number)]
         sizes = [[height, width] for height, width, _ in image_shapes]
         assert sum(counts) == len(sizes) or not image_shapes[-1][-1]
-        device = pixel_values.device
         return {
             "pixel_values": pixel_values,
-            "image_sizes": torch.tensor(sizes, dtype=torch.int64, device=device),
+            # On the host, where the model reads them one by one.
+            "image_sizes": torch.tensor(sizes, dtype=torch.int64),
             "batch_num_images": torch.tensor(counts, dtype=torch.int64),
         }
 

@@ -78,8 +78,8 @@ class Mistral3:
             image = grid.reshape(-1, rows * side, columns * side)
             images[index, :, : rows * side, : columns * side] = image
         sizes = [[rows * side, columns * side] for rows, columns in image_shapes]
-        told = torch.tensor(sizes, dtype=torch.int64, device=pixel_values.device)
-        return {"pixel_values": images, "image_sizes": told}
+        # Sizes stay on the host, where the model reads them one by one.
+        return {"pixel_values": images, "image_sizes": torch.tensor(sizes, dtype=torch.int64)}
 
     def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
         """Returns nothing."""
