@@ -143,6 +143,14 @@ def test_a_window_no_sample_reaches_is_none() -> None:
     assert [call["sparse_mode"] for call in fake.calls] == [3, 4]
 
 
+def test_npu_rows_of_too_many_samples_are_refused() -> None:
+    lengths = [1] * 1025
+    made = Packing(edges(lengths), 1)
+    with pytest.raises(ModelError, match="few enough samples") as raised:
+        NpuFusion(FakeNpu()).attend(*tensors(made, 4), made, Scoring())
+    assert "1025" in str(raised.value) and raised.value.where == "batch.max_tokens"
+
+
 def test_memo_never_confuses_rows() -> None:
     memo: RowMemo[list[int]] = RowMemo()
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistune.errors import MissingExtraError
+from vistune.errors import MissingExtraError, ModelError
 from vistune.models.attention.contract import Packing, RowMemo, Scoring
 
 _MASK_SIDE = 2048
 """The compressed causal mask that the operator's sparse modes 3 and 4 read has this side."""
 _CAUSAL_AT_END, _BAND, _PLAIN = 3, 4, 0
+_MOST_SAMPLES = 1024
 
 
 class NpuFusion:
@@ -27,8 +28,9 @@ class NpuFusion:
         module: The package `torch_npu`; imported when left out.
 
     Source:
-        torch_npu, `npu_fusion_attention`: cumulative ends in `actual_seq_qlen` and
-        `actual_seq_kvlen`, sparse modes, `atten_mask` true where a score is left out.
+        torch_npu 2.13, `npu_fusion_attention`: cumulative ends in `actual_seq_qlen` and
+        `actual_seq_kvlen` (samples without a query allowed), sparse modes 3 (causal, aligned to the
+        end) and 4 (a band), `atten_mask` true where a score is left out, at most 1,024 samples.
     """
 
     name = "npu"
@@ -58,6 +60,14 @@ class NpuFusion:
         """See `Backend`."""
         # The operator takes boundaries as numbers of the host: one wait for each row.
         queries, keys = self._ends.get(packing, make=lambda: _host_ends(packing))
+        if len(keys) > _MOST_SAMPLES:
+            raise ModelError(
+                "the device's fused attention takes rows of few enough samples",
+                where="batch.max_tokens",
+                got=f"{len(keys)} samples in a row",
+                expected=f"at most {_MOST_SAMPLES}",
+                fix="lower batch.max_tokens, or set train.attention=sdpa",
+            )
         width = query_UHD.shape[-1]
         extra: dict[str, Any] = {"sparse_mode": _PLAIN}
         if packing.causal:
