@@ -1,7 +1,7 @@
 """Inputs of recomputed layers wait for the backward pass in the host's memory.
 
 A recomputed layer keeps its input and nothing else. With long rows and many layers these inputs are
-what fills a small card, and one is a hundredth of the time of its layer to copy. Whatever a layer
+what fills a small card, and to copy one takes less time than to compute its layer. Whatever a layer
 keeps that is not recomputed stays on the device: it is ten times as much, and to copy it would take
 longer than to compute it again.
 """
