@@ -184,9 +184,7 @@ class _Steps:
         self.final_loss: float | None = None
 
     def _new_clock(self) -> Clock:
-        return Clock(
-            self.job.cost, peak_tflops=self.job.peak_tflops, pad_tokens=self._pad_tokens()
-        )
+        return Clock(self.job.cost, peak_tflops=self.job.peak_tflops, pad_tokens=self._pad_tokens())
 
     def run(self) -> TrainResult:
         """Restores, steps, saves."""
