@@ -46,6 +46,7 @@ from vistune.recipe import ModelConfig
 
 Target: TypeAlias = Literal["hf", "adapter", "vistune", "native", "sat", "llava", "xtuner"]
 
+_OF_COMPOSED = ("hf", "llava", "adapter", "xtuner")
 # Relative to the largest logit: rounding of another order of operations.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -93,38 +94,43 @@ def export_model(
     is_native = stands_on is not None and is_native_directory(stands_on)
     if is_native:
         check_native_form(to)
+    elif to in _OF_COMPOSED:
+        _check_composed(facts, to)
     with new_directory(output, overwrite=overwrite) as target:
         if to in ("adapter", "xtuner"):
-            if not is_native:
-                _check_composed(facts, to)
             _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype, origin=origin)
         whole = _manifest_of_whole(manifest, found.encoder, folder)
-        if isinstance(found.model, NativeVLM):
-            write_native(found.model, found.encoder, target, origin=stands_on)
-            if to == "vistune":
-                write_manifest(target, whole)
-            elif verify:
-                error = compare_native(found.model, found.encoder, target)
-                _check_same(error, found.model, where=output)
-        elif to == "vistune":
-            write_vistune(found.model, found.encoder, whole, target)
-        elif to in ("native", "sat"):
-            write_family(
-                found.model,
-                found.encoder,
-                whole,
-                target,
-                to="sat" if to == "sat" else "native",
-                dtype=dtype,
-                origin=stands_on,
-            )
-        else:
-            _check_composed(facts, to)
-            tower_path = _tower_path(parts)
-            _write_llava_kind(found, whole, target, to=to, tower_path=tower_path, verify=verify)
+        _write_merged(found, whole, parts, target, to=to, dtype=dtype, verify=verify)
     return output
+
+
+def _write_merged(
+    found: Assembled,
+    whole: Manifest,
+    parts: ModelConfig,
+    target: Path,
+    *,
+    to: Target,
+    dtype: torch.dtype,
+    verify: bool,
+) -> None:
+    """Writes a model whose adapters are merged."""
+    model, encoder, stands_on = found.model, found.encoder, _origin(parts)
+    if isinstance(model, NativeVLM):
+        write_native(model, encoder, target, origin=stands_on)
+        if to == "vistune":
+            write_manifest(target, whole)
+        elif verify:
+            _check_same(compare_native(model, encoder, target), model, where=found.origin)
+    elif to == "vistune":
+        write_vistune(model, encoder, whole, target)
+    elif to == "native" or to == "sat":
+        write_family(model, encoder, whole, target, to=to, dtype=dtype, origin=stands_on)
+    else:
+        tower_path = _tower_path(parts)
+        _write_llava_kind(found, whole, target, to=to, tower_path=tower_path, verify=verify)
 
 
 def _write_llava_kind(

@@ -57,34 +57,39 @@ def build_model(
     language_model, _ = load_language_model(config.language_model, facts.text_config, dtype=dtype)
     vision_tower, _ = load_tower(config.vision_tower, facts.vision_config, facts.tower, dtype=dtype)
     _fold_adapters(config, facts, language_model, vision_tower)
-    fold = config.connector.pixel_shuffle
-    connector = build_connector(
-        config.connector.kind,
-        num_in=features_width(facts.vision_config, facts.tower) * fold**2,
-        num_out=int(facts.text_config.hidden_size),
-    )
-    initialise_connector(connector, seed=seed)
-    if config.connector.weights is not None:
-        load_connector(connector, Path(config.connector.weights))
     composed = ComposedConfig.compose(
         vision_config=facts.vision_config,
         text_config=language_model.config,
         tower=facts.tower,
         connector_kind=config.connector.kind,
-        pixel_shuffle=fold,
+        pixel_shuffle=config.connector.pixel_shuffle,
         image_token_id=facts.image_token_id,
         image_embed_scale=_compat.embedding_scale(language_model.get_input_embeddings()),
     )
     model = ComposedVLM(
         composed,
         vision_tower=vision_tower,
-        connector=connector.to(dtype),
+        connector=_connector(config, facts, seed=seed).to(dtype),
         language_model=language_model,
     )
     if config.tiles is not None:
         model.add_tiles(config.tiles, seed=seed)
     model.eval()
     return model
+
+
+def _connector(config: ModelConfig, facts: ModelFacts, *, seed: int) -> nn.Module:
+    """Returns the connector, its weights drawn or read."""
+    assert facts.tower is not None
+    connector = build_connector(
+        config.connector.kind,
+        num_in=features_width(facts.vision_config, facts.tower) * config.connector.pixel_shuffle**2,
+        num_out=int(facts.text_config.hidden_size),
+    )
+    initialise_connector(connector, seed=seed)
+    if config.connector.weights is not None:
+        load_connector(connector, Path(config.connector.weights))
+    return connector
 
 
 def replace_connector(model: nn.Module, path: Path) -> None:

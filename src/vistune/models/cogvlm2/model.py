@@ -353,13 +353,8 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             embedded,
             route=self._route(is_image, pixel_values),
             position_ids_BT=position_ids,
-            mask=create_causal_mask(
-                config=self.config,
-                inputs_embeds=embedded.view(*input_ids.shape, -1),
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                # Shared positions would be read as the seams of packed samples.
-                position_ids=None,
+            mask=self._causal_mask(
+                embedded.view(*input_ids.shape, -1), attention_mask, past_key_values
             ),
             past_key_values=past_key_values,
         )
@@ -368,6 +363,18 @@ class CogVLM2ForConditionalGeneration(CogVLM2PreTrainedModel, GenerationMixin): 
             hidden_states=(hidden,),
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _causal_mask(
+        self, embedded_BTD: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor | None:
+        made: Tensor | None = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embedded_BTD,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=None,  # shared positions would be read as the seams of packed samples
+        )
+        return made
 
     def _image_slots(
         self, input_ids_BT: Tensor, token_types: Tensor | None = None, mask: Tensor | None = None
