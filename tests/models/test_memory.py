@@ -12,7 +12,7 @@ from vistune.errors import ModelError
 from vistune.models.facts import describe
 from vistune.models.fused import layer as fused_layer
 from vistune.models.fused.install import install_fused
-from vistune.models.kept import peak_slope
+from vistune.models.kept import kept_slope, peak_slope
 from vistune.models.memory import RowSize, frozen_bytes, memory_model
 from vistune.models.recompute import decoder_layers
 from vistune.models.tune import apply_tuning
@@ -201,6 +201,16 @@ def test_the_most_bytes_of_a_pass_by_hand(trained):
     # way back the sine's gradient 16, the cosine 16 and their product 16 at once. The sine itself
     # is gone by then: what wanted it, if anything, has been computed.
     assert found == 4 * (4 + 16 + 4 + 4 + 16 + 16 + 16)
+
+
+def test_layer_norms_are_counted_in_fp32_as_accelerators_compute_them():
+    norm = torch.nn.LayerNorm(32)
+
+    def run(num_rows):
+        return norm(torch.zeros(num_rows, 32, dtype=torch.bfloat16))
+
+    found = kept_slope(norm, run, dtype=torch.bfloat16, at=(64, 128))
+    assert found == 4 * (32 + 1 + 1)  # the input, its mean and the root of its variance
 
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b", "mgm-2b-hd"])

@@ -6,16 +6,18 @@ Nothing is computed: every operation only says which tensors it would make.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def kept_slope(
@@ -150,6 +152,18 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= self._alive.pop(key)[1]
 
 
+class _NormsInFp32(TorchFunctionMode):
+    """Computes layer norms in fp32, as autocast does on accelerators and not on a CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _stood_in(
     model: nn.Module, run: Callable[[int], Tensor], *, dtype: torch.dtype
@@ -167,7 +181,8 @@ def _stood_in(
         }
 
         def call(size: int) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            norms = _NormsInFp32() if half else nullcontext()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), norms:
                 out: Tensor = functional_call(wrapped, tensors, (size,))
             return out
 

@@ -319,7 +319,8 @@ def _job(
         device=device,
         model=built.model,
         groups=built.tuning.groups(recipe.train),
-        vocabulary_size=len(blueprint.encoder.tokenizer),
+        # The head's width, not the tokenizer's: models pad their vocabularies.
+        vocabulary_size=int(built.model.config.get_text_config().vocab_size),
         sources=tuple(dict.fromkeys(data.report.sources)),
         data=data,
         data_fingerprint=_digest(data.report),
