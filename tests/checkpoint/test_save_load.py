@@ -188,3 +188,9 @@ def test_resolve(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a run"):
         resolve_checkpoint(tmp_path / "empty")
+
+
+def test_a_name_on_the_hub_says_how_to_get_it() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resolve_checkpoint("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir" in str(caught.value.fix)

@@ -6,6 +6,7 @@ called: a checkpoint is a directory with a seal, and its step stands in the seal
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -102,6 +103,9 @@ def _damage(folder: Path) -> CheckpointError | None:
     return None
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
     """Returns the directory whose weights are meant by a path a person gives.
 
@@ -115,7 +119,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.exists():
-        raise CheckpointError("there is no such directory", where=str(folder))
+        name = str(path)
+        raise CheckpointError(
+            "there is no such directory",
+            where=name,
+            expected="a run, a checkpoint of it, or a model directory on this machine",
+            fix=f"if that is its name on the hub: hf download {name} --local-dir models/{folder.name}"
+            if _HUB_ID.fullmatch(name)
+            else None,
+        )
     if is_partial(folder):
         return folder
     if (folder / SEAL_NAME).is_file():
