@@ -120,13 +120,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists():
         name = str(path)
+        fetch = f"if that is its name on the hub: hf download {name} --local-dir {folder.name}"
         raise CheckpointError(
             "there is no such directory",
             where=name,
             expected="a run, a checkpoint of it, or a model directory on this machine",
-            fix=f"if that is its name on the hub: hf download {name} --local-dir models/{folder.name}"
-            if _HUB_ID.fullmatch(name)
-            else None,
+            fix=fetch if _HUB_ID.fullmatch(name) else None,
         )
     if is_partial(folder):
         return folder
