@@ -201,20 +201,15 @@ def test_special_tokens_that_take_blanks_with_them() -> None:
         assert counted(counter, turns) == exact(encoder, turns)
 
 
-WORDS = st.sampled_from(
-    [
-        "What",
-        "is",
-        "dog,",
-        "(12)",
-        "isn't",
-        "你好，",
-        "x\nAnswer",
-        "end.\n\n1.",
-        "é",
-        "0.25]",
-        "<b>",
-    ]
+WORDS = st.one_of(
+    st.sampled_from(
+        [
+            *("What", "is", "dog,", "(12)", "isn't", "你好，", "x\nAnswer", "end.\n\n1.", "é"),
+            *("0.25]", "<b>", "abc123", "12ab.", "iPhone15Pro,", "dogs'", "it's!", "3.14)"),
+            *('x1y2z3?"', "é1.", "#a,", "don't.", "1234567,", "a'", "'s.", "12's"),
+        ]
+    ),
+    st.text(alphabet="aBz019.,'\")#", min_size=1, max_size=7),
 )
 SENTENCES = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
 

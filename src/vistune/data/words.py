@@ -12,7 +12,8 @@ Why it holds, for the two families of tokenizers in use:
   the few marks in front of such a "▁" (Gemma has one, "> </") there is no cut.
 - Byte-level merges behind a regular expression (GPT-2, Llama-3, Qwen): merges stay inside what one
   match gave. No alternative that is accepted here can match a blank behind a visible character or
-  looks back, so a match always ends in front of that blank.
+  looks back, so a match always ends in front of that blank. Nor does one match a letter beside a
+  digit, or either in front of the marks that a word ends with: new words are cut there as well.
 
 A blank behind a blank, a line break or a special token is no such place, and is never cut at.
 """
@@ -31,6 +32,7 @@ ANCHOR = "a"
 """A text in front of a word, so that the word stands where words stand."""
 _MARKS = ".,:;!?)]}'\""
 _MARK_CHARS = frozenset(_MARKS)
+_LETTERS_OR_DIGITS = re.compile("[A-Za-z]+|[0-9]+")
 _MARK_PAIR = re.compile(f"[^{re.escape(_MARKS)}][{re.escape(_MARKS)}]")
 
 _ALTERNATIVES = frozenset(
@@ -122,6 +124,8 @@ class Words:
         plain: Those of them that stand for themselves wherever they stand, longest first.
         pairs: A mark behind another character, wherever a token holds the two: no merge joins any
             others. None where a token's characters are not those of the text.
+        cuts_runs: Whether no token holds a letter beside a digit, or a letter or digit in front of
+            the marks that end a word.
         joining: Characters behind which a token may reach across a blank.
         forbidden_id: A token that no text may spell: such a word is unclean.
     """
@@ -133,6 +137,7 @@ class Words:
         *,
         plain: list[str],
         pairs: frozenset[str] | None,
+        cuts_runs: bool = False,
         joining: frozenset[str] = frozenset(),
         forbidden_id: int,
     ) -> None:
@@ -148,6 +153,8 @@ class Words:
         # Where a blank is "▁" and nothing else is changed, the merges can be asked directly.
         is_in_model = forbidden_id in range(backend.get_vocab_size(with_added_tokens=False))
         self._model = None if pairs is None or is_in_model else backend.model
+        self._cuts_runs = cuts_runs and not is_in_model
+        self._runs: dict[str, int] = {}
         self._special = _any_of(plain)
         self._plain = plain
         self.a_special = plain[0] if plain else ""
@@ -177,6 +184,7 @@ class Words:
             added,
             plain=_plain_tokens(content["added_tokens"]),
             pairs=pairs,
+            cuts_runs=in_bytes,
             joining=joining,
             forbidden_id=forbidden_id,
         )
@@ -207,10 +215,23 @@ class Words:
         is_plain = " " not in word and not self._added.may_be_in(word)
         if self._model is not None and is_plain:
             return len(self._model.tokenize("▁" + word))
+        if self._cuts_runs and is_plain:
+            first, *rest = _runs(word)
+            if rest:
+                return self.count_last(first) + sum(map(self._count_run, rest))
         ids = self._backend.encode(f"{ANCHOR} {word}", add_special_tokens=False).ids
         if self._forbidden_id in ids:
             raise UncleanError
         return len(ids) - self._anchor_tokens
+
+    def _count_run(self, run: str) -> int:
+        """Returns the tokens of letters, digits or marks behind others."""
+        number = self._runs.get(run)
+        if number is None:
+            number = len(self._backend.encode(run, add_special_tokens=False))
+            if len(run) <= _MAX_WORD_CHARS and len(self._runs) < _MAX_WORDS:
+                self._runs[run] = number
+        return number
 
     def count_last(self, word: str) -> int:
         """Returns the tokens of a word where the text ends, or a special token follows."""
@@ -269,6 +290,16 @@ class Words:
             else:
                 out.append(piece)
         return out
+
+
+def _runs(word: str) -> list[str]:
+    """Cuts a word in front of the marks at its end, and one of letters and digits between these."""
+    core = word.rstrip(_MARKS)
+    marks = word[len(core) :]
+    if not core or not core.isascii() or not core[-1].isalnum():
+        return [word]
+    runs = _LETTERS_OR_DIGITS.findall(core) if core.isalnum() else [core]
+    return [*runs, marks] if marks else runs
 
 
 def _any_of(texts: list[str]) -> re.Pattern[str] | None:
