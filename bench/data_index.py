@@ -50,7 +50,7 @@ def encoder_of(tokenizer_folder: Path | None) -> Encoder:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        template = "vicuna_v1" if "</s>" in tokenizer.get_vocab() else "chatml"
+        template = "vicuna_v1" if tokenizer.eos_token == "</s>" else "chatml"
     return make_encoder(
         template,
         tokenizer,
