@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
@@ -26,13 +24,16 @@ from PIL import Image
 
 from vistune.data.image import ImageLike, ImagePlan, full_size, load, probe
 from vistune.data.layout import ImageLayout, load_layout
+from vistune.data.special import SpecialTexts
 from vistune.data.template import ChatTemplate, Segment, load_template
 from vistune.data.tokens import (
     Overlong,
     Tokens,
     first_token,
     fit,
+    largest_that_fits,
     last_token,
+    scaled_size,
     turns_that_fit,
 )
 from vistune.errors import DataError, RowError, TemplateError
@@ -160,7 +161,7 @@ class Encoder:
             pixel_values=self._inputs(images, tokens) if with_pixels else [],
             num_image_tokens=tokens.num_image_tokens,
             prompt_tokens=int(tokens.mask.argmax()) if self.template.both_ways else None,
-            **self._told(tokens, [_scaled_size(size, tokens.image_scale) for size in sizes]),
+            **self._told(tokens, [scaled_size(size, tokens.image_scale) for size in sizes]),
         )
 
     def pixels(self, image: Image.Image, *, num_images: int = 1) -> npt.NDArray[np.float32]:
@@ -274,15 +275,10 @@ class Encoder:
     def _with_smaller_images(
         self, turns: Sequence[Turn], sizes: Sequence[Size], max_tokens: int, whole: Tokens
     ) -> Tokens:
-        best, low, high = whole, 0.0, 1.0  # scales that fit, that do not
-        for _ in range(8):  # to 1/256
-            scale = (low + high) / 2
-            tokens = self.tokenise_turns(turns, [_scaled_size(size, scale) for size in sizes])
-            if tokens.ids.size <= max_tokens:
-                low, best = scale, replace(tokens, image_scale=scale)
-            else:
-                high = scale
-        return best
+        def scaled(scale: float) -> Tokens:
+            return self.tokenise_turns(turns, [scaled_size(size, scale) for size in sizes])
+
+        return largest_that_fits(whole, max_tokens, scaled)
 
     def encode_prompt(
         self, turns: Sequence[Turn], images: Sequence[ImageRef | Image.Image] = ()
@@ -316,11 +312,7 @@ class Encoder:
 
     def special_text(self, text: str) -> list[str]:
         """Returns the special tokens that a text spells out."""
-        pattern = self._special_pattern
-        if pattern is None or not any(char in text for char in self._special_chars):
-            return []
-        found: list[str] = pattern.findall(text)
-        return found
+        return self._special.find(text)
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -498,26 +490,8 @@ class Encoder:
         )
 
     @functools.cached_property
-    def _special_texts(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        texts = {token.content for token in added if token.special}
-        texts.update(self.tokenizer.all_special_tokens)
-        return sorted((text for text in texts if text), key=len, reverse=True)
-
-    @functools.cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        texts = self._special_texts
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-    @functools.cached_property
-    def _special_chars(self) -> str:
-        # A text with none of these characters spells no special token: mostly "<" alone.
-        rest, chars = self._special_texts, ""
-        while rest:
-            counts = Counter(char for text in rest for char in set(text))
-            chars += max(sorted(counts), key=lambda char: counts[char])
-            rest = [text for text in rest if chars[-1] not in text]
-        return chars
+    def _special(self) -> SpecialTexts:
+        return SpecialTexts(self.tokenizer)
 
 
 def _size_of(image: int, sizes: Sequence[Size]) -> Size:
@@ -530,13 +504,8 @@ def _size_of(image: int, sizes: Sequence[Size]) -> Size:
     return sizes[image]
 
 
-def _scaled_size(size: Size, scale: float) -> Size:
-    height, width = size
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def _scaled(image: Image.Image, scale: float) -> Image.Image:
-    height, width = _scaled_size(full_size(image), scale)
+    height, width = scaled_size(full_size(image), scale)
     return image.resize((width, height), resample=Image.Resampling.BICUBIC)
 
 

@@ -150,6 +150,31 @@ def turns_that_fit(
     return first + 2 * low if low else 0
 
 
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Returns (height, width) of an image made smaller; neither falls below a pixel."""
+    height, width = size
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def largest_that_fits(whole: Tokens, max_tokens: int, scaled: Callable[[float], Tokens]) -> Tokens:
+    """Returns a sample with its images as large as a row allows, to 1/256 of their sides.
+
+    Args:
+        whole: The sample as it is, which does not fit; returned where no scale helps.
+        max_tokens: Tokens a row holds.
+        scaled: The sample with height and width of every image multiplied.
+    """
+    best, low, high = whole, 0.0, 1.0  # scales that fit, that do not
+    for _ in range(8):
+        scale = (low + high) / 2
+        tokens = scaled(scale)
+        if tokens.ids.size <= max_tokens:
+            low, best = scale, replace(tokens, image_scale=scale)
+        else:
+            high = scale
+    return best
+
+
 def overlong_error(
     text_tokens: int, image_tokens: int, *, num_images: int, max_tokens: int
 ) -> RowError:
