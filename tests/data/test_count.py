@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from vistune.data.count import TokenCounter
 from vistune.data.encode import Encoder
 from vistune.data.template import TEMPLATES
-from vistune.data.words import Words
+from vistune.data.words import UncleanError, Words
 from vistune.errors import RowError
 from vistune.types import Turn
 
@@ -267,3 +268,45 @@ def test_a_special_token_inside_another_is_no_place_to_cut() -> None:
         for texts in (["a <", "b <", "> c", "d"], ["a", "x", "> c", "x"], ["a", "b", "c", "d"]):
             turns = turns_of(texts, 3)
             assert counted(counter, turns) == exact(encoder, turns)
+
+
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
+PARTS = [
+    *"abcXYZabcXYZ0190.,:;!?)]}'\"#/-_é你\u0301’\n▁<>",
+    *("ing", "the", "'s", "'ll", "don't", "123", "</s>", "<|im_end|>", "\n\n", "。", "iPhone"),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "llama3", "o200k"])
+def test_random_words_count_as_they_are_tokenised(name: str) -> None:
+    made = {
+        "llama": lambda: LLAMA,
+        "gemma": gemma_tokenizer,
+        "gpt2": lambda: byte_level(None),
+        "llama3": lambda: byte_level(LLAMA3),
+        "o200k": lambda: byte_level(O200K),
+    }
+    tokenizer = made[name]()
+    words, backend = Words.of(tokenizer, forbidden_id=-1), tokenizer.backend_tokenizer
+    assert words is not None
+    draw, counted_texts = random.Random(0), 0
+
+    def tokens(text: str) -> int:
+        return len(backend.encode(text, add_special_tokens=False))
+
+    while counted_texts < 2_000:
+        drawn = ["".join(draw.choices(PARTS, k=draw.randint(1, 7))) for _ in range(3)]
+        try:
+            found = words.count(drawn[:-1]) + words.count_last(drawn[-1])
+        except UncleanError:
+            continue
+        assert found == tokens(f"a {' '.join(drawn)}") - tokens("a"), drawn
+        counted_texts += 1
