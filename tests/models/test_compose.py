@@ -76,6 +76,38 @@ def test_packed_gradients_equal_samples_one_by_one(
     assert_same_gradients(alone, together)
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2", "vit"])
+def test_recomputed_tower_blocks_give_the_same_gradients_and_keep_less(
+    shelf: Path, vision: str
+) -> None:
+    kept, gradients = [], []
+    for num_layers in (0, 2):
+        model, facts = composed(shelf, vision=vision)
+        model.train()
+        set_checkpoint_layers(model, num_layers, role="vision")
+        num_bytes = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal num_bytes
+            num_bytes += tensor.nbytes
+            return tensor.detach()
+
+        pixels = torch.cat([image for image in row(facts).images if image is not None])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = model.image_features(pixels)
+        features.square().sum().backward()
+        kept.append(num_bytes)
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    assert kept[1] < 0.7 * kept[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+    with pytest.raises(ModelError, match="the vision tower has") as raised:
+        set_checkpoint_layers(model, 30, role="vision")
+    assert raised.value.where == "train.checkpoint_tower_layers"
+
+
 def test_a_sample_does_not_see_another(shelf: Path) -> None:
     model, facts = composed(shelf)
     made = row(facts)

@@ -14,7 +14,7 @@ from vistune.models.fused import layer as fused_layer
 from vistune.models.fused.install import install_fused
 from vistune.models.kept import kept_slope, peak_slope
 from vistune.models.memory import RowSize, frozen_bytes, memory_model
-from vistune.models.recompute import decoder_layers
+from vistune.models.recompute import decoder_layers, set_checkpoint_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
 from vistune.recipe.sizes import optimizer_bytes
@@ -156,6 +156,19 @@ def test_what_an_image_keeps_is_what_a_real_one_keeps(tmp_path, name):
     # The row's own fp32 pixels beside what is kept, which for a trained tower is a copy in the
     # format of the arithmetic (in fp32 the same tensor: counted twice, 0.1 % of what it keeps).
     assert memory.image_kept == kept[1] - kept[0] + pixels[0].nbytes
+
+
+def test_recomputed_tower_blocks_keep_their_input_and_nothing_else(tmp_path):
+    memory = planned(tmp_path, FULL, fused=False, checkpoint_tower_layers=2)
+    model, _ = composed(tmp_path)
+    apply_tuning(model, FULL, seed=0)
+    model.train()
+    set_checkpoint_layers(model, 2, role="vision")
+    pixels = torch.randn(2, 3, 28, 28)
+    kept = [really_kept(lambda n=n: model.image_features(pixels[:n].clone())) for n in (1, 2)]
+    assert memory.image_kept == kept[1] - kept[0] + pixels[0].nbytes
+    plain = planned(tmp_path, FULL, fused=False)
+    assert memory.image_kept < plain.image_kept and memory.image_passing > plain.image_passing
 
 
 def test_repeated_key_heads_are_counted_where_the_kernel_wants_them(tmp_path, monkeypatch):

@@ -346,3 +346,14 @@ def test_from_checkpoint_and_parts_together(tmp_path: Path) -> None:
 def test_train_fused_reads_on_and_off_as_yaml_gives_them(written: str, read: str) -> None:
     train = TrainConfig.model_validate({"steps": 1, **yaml.safe_load(f"fused: {written}")})
     assert train.fused == read
+
+
+def test_recomputed_blocks_of_a_frozen_tower_are_refused(tmp_path: Path) -> None:
+    base = "name: a\nmodel: {vision_tower: {path: v}, language_model: {path: l}}\n"
+    base += "data: {train: [{path: d}]}\nbatch: {samples: 1}\n"
+    file = tmp_path / "r.yaml"
+    file.write_text(base + "train: {steps: 1, checkpoint_tower_layers: 2}\n")
+    with pytest.raises(RecipeError, match="no effect on a frozen tower"):
+        load_recipe(str(file))
+    trained = load_recipe(str(file), ["tune.vision.mode=full"]).recipe
+    assert trained.train.checkpoint_tower_layers == 2

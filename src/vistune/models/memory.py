@@ -39,7 +39,7 @@ from vistune.models.probes import (
     image_probe,
     repeated_bytes,
 )
-from vistune.models.recompute import decoder_layers
+from vistune.models.recompute import decoder_layers, set_checkpoint_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
 from vistune.recipe.sizes import (
@@ -254,6 +254,11 @@ def memory_model(
     else:
         decoder_bytes = _counted_bytes(model, layers, tune=tune, dtype=dtype)
     image_kept, image_passing = _image_bytes(model, dtype=dtype)
+    if train.checkpoint_tower_layers:
+        set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
+        plain, image_kept = image_kept, _image_kept(model, dtype=dtype)
+        # A block computed again makes all that it keeps once more.
+        image_passing += (plain - image_kept) / train.checkpoint_tower_layers
     width = _width(model)
     return MemoryModel(
         roles=roles,
@@ -481,11 +486,23 @@ def _width(model: PlannedModel) -> int:
 
 def _image_bytes(model: PlannedModel, *, dtype: torch.dtype) -> tuple[float, float]:
     """Returns what one image keeps (pixels included) and needs beside it on its way."""
-    grid = model.grid
-    side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
+    kept = _image_kept(model, dtype=dtype)
+    run = image_probe(model, _image_side(model))
+    most = peak_slope(model, run, dtype=dtype, at=_PROBE_IMAGES) + _pixel_bytes(model)
+    return kept, max(0.0, most - kept)
+
+
+def _image_kept(model: PlannedModel, *, dtype: torch.dtype) -> float:
     model.train()
-    run = image_probe(model, side)
-    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_IMAGES)
-    most = peak_slope(model, run, dtype=dtype, at=_PROBE_IMAGES)
+    run = image_probe(model, _image_side(model))
     # The row's pixels; where autograd keeps them as they are they count twice, a thousandth.
-    return 4 * 3 * side * side + kept, max(0.0, most - kept)
+    return _pixel_bytes(model) + kept_slope(model, run, dtype=dtype, at=_PROBE_IMAGES)
+
+
+def _image_side(model: PlannedModel) -> int:
+    grid = model.grid
+    return grid.fixed_size_px or grid.patch_px * grid.downsample * 16
+
+
+def _pixel_bytes(model: PlannedModel) -> int:
+    return 4 * 3 * _image_side(model) ** 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from vistune import _compat
@@ -10,25 +12,36 @@ from vistune.models.contract import TunableModel
 from vistune.models.offload import InputStore
 from vistune.types import RoleName
 
+_KEYS: dict[RoleName, str] = {
+    "language": "train.checkpoint_layers",
+    "vision": "train.checkpoint_tower_layers",
+}
+
 
 def set_checkpoint_layers(
-    model: TunableModel, num_layers: int, *, store: InputStore | None = None
+    model: TunableModel,
+    num_layers: int,
+    *,
+    role: Literal["language", "vision"] = "language",
+    store: InputStore | None = None,
 ) -> None:
-    """Makes the first decoder layers recompute their activations in the backward pass.
+    """Makes the first layers of a role recompute their activations in the backward pass.
 
     Args:
         model: The model; it must be in training mode for this to have an effect.
         num_layers: How many, from the first layer on; 0 turns it off.
+        role: The decoder's layers, or the tower's blocks.
         store: Where the inputs of these layers wait; on the device when None.
 
     Raises:
         ModelError: There are fewer layers, or they cannot be recomputed.
     """
-    layers = decoder_layers(model)
+    layers, key = layers_of(model, role), _KEYS[role]
     if num_layers > len(layers):
+        what = "language model" if role == "language" else "vision tower"
         raise ModelError(
-            f"the language model has {len(layers)} layers",
-            where="train.checkpoint_layers",
+            f"the {what} has {len(layers)} layers",
+            where=key,
             got=str(num_layers),
             expected=f"0 to {len(layers)}",
         )
@@ -37,8 +50,8 @@ def set_checkpoint_layers(
         if not _compat.set_recompute(layer, on=on, keeping=keeping) and on:
             raise ModelError(
                 f"{type(layer).__name__} cannot recompute its activations",
-                where="train.checkpoint_layers",
-                fix="set train.checkpoint_layers=0",
+                where=key,
+                fix=f"set {key}=0",
             )
 
 

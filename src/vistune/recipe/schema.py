@@ -309,6 +309,9 @@ class TrainConfig(Section):
     checkpoint_layers: NonNegativeInt | Auto = 0
     """Language-model layers whose activations are recomputed in the backward pass, from the first
     layer on; saves memory, costs time. `auto`: as few as `vistune plan` says will fit."""
+    checkpoint_tower_layers: NonNegativeInt = 0
+    """Blocks of the vision tower whose activations are recomputed, from the first on; only for a
+    tower that trains, as a frozen one keeps none."""
     offload: OffloadConfig = OffloadConfig()
     """What waits in the host's memory."""
     fused: Literal["auto", "on", "off"] = "auto"
@@ -444,4 +447,8 @@ class Recipe(Section):
     def _something_trains(self) -> Self:
         if all(tune.mode == "freeze" for _, tune in self.tune):
             raise ValueError("every role is frozen: nothing would train; set tune.<role>.mode")
+        if self.train.checkpoint_tower_layers and self.tune.vision.mode == "freeze":
+            raise ValueError(
+                "train.checkpoint_tower_layers has no effect on a frozen tower, which keeps nothing"
+            )
         return self

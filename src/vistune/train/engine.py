@@ -78,6 +78,8 @@ def _set_up_layers(
     set_training_mode(model, recipe.tune, model.module_map)
     store = InputStore(device.torch_device) if train.offload.activations else None
     set_checkpoint_layers(model, train.checkpoint_layers, store=store)
+    if train.checkpoint_tower_layers:
+        set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
     let_layers_recompute(model)
     attention = install_attention(
         model,

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "train.nonfinite",
     "train.max_skipped_steps",
     "train.checkpoint_layers",
+    "train.checkpoint_tower_layers",
     "train.offload",
     "save",
     "log",
