@@ -114,6 +114,8 @@ NATIVE = {
     "LLaVA-OneVision": "llava_onevision",
     "MiniCPM-V 4.6": "minicpmv4_6",
     "Gemma 3": "gemma3",
+    "Mistral 3": "mistral3",
+    "PaddleOCR-VL": "paddleocr_vl",
     "PaliGemma": "paligemma",
     "PaliGemma 2": "paligemma2",
 }
