@@ -97,6 +97,16 @@ def test_as_torch_counts_them(tmp_path, name, tune, text):
     assert counter.get_total_flops() == expected
 
 
+def test_scales_are_so_many_squares(tmp_path):
+    """S2 at one, two and three times the side: 1 + 4 + 9 passes over a square."""
+    work = [
+        work_of(composed(tmp_path, tower=tower)[0], TOWER).tower
+        for tower in (None, {"s2": [28, 56, 84]})
+    ]
+    one, several = ([t.forward, t.first, t.inputs, t.attention] for t in work)
+    assert several == [14 * flops for flops in one]
+
+
 def test_a_tower_counted_without_weights_is_the_tower_run(tmp_path):
     model, _ = composed(tmp_path)
     work = work_of(model, STAGE1)

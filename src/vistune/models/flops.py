@@ -360,12 +360,17 @@ def _tower_work(model: ComposedVLM) -> TowerWork:
         sdpa_kernel(SDPBackend.MATH),
     ):
         functional_call(wrapped, tensors, (pixels,))
+    # A tower that sees an image at several scales runs over squares of the smallest.
+    scales = model.plan.scales or (side,)
+    num_squares = sum((scale // scales[0]) ** 2 for scale in scales)
     first = next((m for m in model.vision_tower.modules() if isinstance(m, nn.Conv2d)), None)
     first_flops = 0
     if first is not None:
         strides = first.stride if isinstance(first.stride, tuple) else (first.stride, first.stride)
-        first_flops = 2 * first.weight.numel() * (side // strides[0]) * (side // strides[1])
+        positions = (scales[0] // strides[0]) * (scales[0] // strides[1])
+        first_flops = 2 * num_squares * first.weight.numel() * positions
     num_positions = (side // grid.patch_px) ** 2 + int(model.plan.traits.class_token)
+    num_positions *= num_squares
     adapters = 2 * num_positions * _weights(model.vision_tower).adapters
     attention = int(counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0))
     blocks = largest_stack(model, "vision")
