@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from family_dirs import (
     write_pictures,
 )
 
-from vistune.assembly import Assembled, load_assembled
+from vistune.assembly import Assembled, Origin, load_assembled
 from vistune.checkpoint.layouts import describe_directory
+from vistune.checkpoint.layouts.visualglm_sat import write_visualglm_sat
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.cli import main
 from vistune.errors import ModelError
@@ -81,13 +83,13 @@ def wide_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe(shelf: Path, model: Path, run_dir: Path, tune: dict[str, Any], **more: Any) -> Any:
+def recipe(shelf: Path, whole: Path, run_dir: Path, tune: dict[str, Any], **more: Any) -> Any:
     tree: dict[str, Any] = {
         "name": "family",
         "run_dir": str(run_dir),
         "device": "cpu",
         "dtype": "fp32",
-        "model": {"from_checkpoint": str(model)},
+        "model": {"from_checkpoint": str(whole)},
         "tune": tune,
         "data": {
             "train": [
@@ -287,6 +289,32 @@ def test_a_second_stage_goes_on_from_the_first(shelf: Path, tmp_path: Path, kind
     assert {second.model.module_map.role_of(name) for name in changed} == {"connector"}
     written = export_model(tmp_path / "two", to="native", output=tmp_path / "out")
     assert torch.equal(logits(load_assembled(written)), logits(second))
+
+
+def test_the_older_order_of_rows_in_a_sat_directory(shelf: Path, tmp_path: Path) -> None:
+    newer = load_assembled(shelf / "visualglm-sat")
+    older = shutil.copytree(shelf / "visualglm-sat", tmp_path / "older")
+    write_visualglm_sat(newer.model, older, qkv="by_head", dtype=torch.float32)  # type: ignore[arg-type]
+    assert not torch.equal(logits(load_assembled(older)), logits(newer))
+    told = Origin(sat_qkv="by_head")
+    assert torch.equal(logits(load_assembled(older, origin=told)), logits(newer))
+    written = export_model(older, to="native", output=tmp_path / "native", origin=told)
+    assert torch.equal(logits(load_assembled(written)), logits(newer))
+    # A run remembers it: its parts are the directory and the order.
+    losses_of = []
+    for model, order in ((older, "by_head"), (shelf / "visualglm-sat", None)):
+        run_dir = tmp_path / f"run-{order}"
+        asked = {"from_checkpoint": str(model), "sat_qkv": order}
+        made = recipe(shelf, model, run_dir, TUNES["lora"], model=asked, train={"steps": 1})
+        train(made, console=QUIET)
+        train(recipe(shelf, model, run_dir, TUNES["lora"], model=asked), resume=True, console=QUIET)
+        losses_of.append(losses(run_dir))
+    assert losses_of[0] == losses_of[1]
+    runs = [load_assembled(tmp_path / f"run-{order}") for order in ("by_head", None)]
+    assert torch.equal(logits(runs[0]), logits(runs[1]))
+    for wrong in (shelf / "visualglm", tmp_path / "run-None"):
+        with pytest.raises(ModelError, match="sat_qkv"):
+            load_assembled(wrong, origin=told)
 
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm-sat", "mgm-2b-hd", *LLAVA_KINDS])

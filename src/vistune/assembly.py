@@ -38,6 +38,7 @@ from vistune.recipe import (
     DataConfig,
     ImageConfig,
     ModelConfig,
+    QkvOrder,
     Recipe,
     TuneConfig,
 )
@@ -54,10 +55,12 @@ class Origin:
     Args:
         bases: The models it stands on.
         template: Chat template; its own, or its family's, when None.
+        sat_qkv: Order of rows in SwissArmyTransformer's layout, see `model.sat_qkv`.
     """
 
     bases: BasesConfig = field(default_factory=BasesConfig)
     template: str | None = None
+    sat_qkv: QkvOrder | None = None
 
 
 _SAYS_IT_ITSELF = Origin()
@@ -128,7 +131,7 @@ def draw_directory(path: Path, origin: Origin = _SAYS_IT_ITSELF) -> Blueprint:
     data = None
     if origin.template is not None:
         data = DataConfig.model_construct(train=(), template=origin.template)
-    asked = ModelConfig(from_checkpoint=str(path), bases=origin.bases)
+    asked = ModelConfig(from_checkpoint=str(path), bases=origin.bases, sat_qkv=origin.sat_qkv)
     return _draw_from(path, data, asked)
 
 
@@ -138,6 +141,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     partial = read_partial(folder, asked.bases)
     if partial is not None:
         _refuse(asked, ("connector.weights",), "it brings its own connector", where=folder)
+        _refuse(asked, ("sat_qkv",), "it is of another project", where=folder)
         parts = partial.parts.model_copy(update={"tiles": tiles})
         facts = _completed(describe(parts), partial)
         return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
@@ -146,7 +150,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
     own_parts = manifest.parts if manifest is not None and is_checkpoint else None
     if has_manifest:
-        keys = ["bases.vision_tower", "bases.language_model"]
+        keys = ["bases.vision_tower", "bases.language_model", "sat_qkv"]
         keys += [] if own_parts is None else ["connector.weights"]
         _refuse(asked, keys, "it says itself what it is made of", where=folder)
     whole = {"from_checkpoint": str(folder), "tiles": None}
@@ -171,6 +175,7 @@ def _refuse(asked: ModelConfig, keys: Sequence[str], reason: str, *, where: Path
         "bases.vision_tower": asked.bases.vision_tower,
         "bases.language_model": asked.bases.language_model,
         "connector.weights": asked.connector.weights,
+        "sat_qkv": asked.sat_qkv,
     }
     given = [key for key in keys if values[key] is not None]
     if given:
@@ -204,7 +209,7 @@ def describe_parts(parts: ModelConfig) -> ModelFacts:
     """
     if parts.from_checkpoint is None:
         return describe(parts)
-    facts = describe_directory(Path(parts.from_checkpoint), parts.bases)
+    facts = describe_directory(Path(parts.from_checkpoint), parts.bases, parts.sat_qkv)
     if parts.tiles is None or parts.tiles == tiles_of(facts):
         return facts
     return with_tiles(facts, parts.tiles, where="model.tiles")
@@ -227,7 +232,7 @@ def build_parts(
     if parts.from_checkpoint is None:
         return build_model(parts, facts, seed=seed, dtype=dtype)
     folder = Path(parts.from_checkpoint)
-    model = load_directory(folder, facts, dtype=dtype, bases=parts.bases)
+    model = load_directory(folder, facts, dtype=dtype, bases=parts.bases, sat_qkv=parts.sat_qkv)
     if parts.connector.weights is not None:
         replace_connector(model, Path(parts.connector.weights))
     if parts.tiles is not None and isinstance(model, ComposedVLM) and model.tiles is None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from vistune.chat.session import ChatSession
 from vistune.errors import VistuneError
@@ -41,6 +41,7 @@ class ChatOptions:
         template: Chat template, where the model brings none.
         vision_tower: The encoder that a model of another project stands on, where it says another.
         language_model: The language model that it stands on, likewise.
+        sat_qkv: Order of rows in SwissArmyTransformer's layout.
     """
 
     images: tuple[Path, ...] = ()
@@ -54,6 +55,7 @@ class ChatOptions:
     template: str | None = None
     vision_tower: str | None = None
     language_model: str | None = None
+    sat_qkv: Literal["blocks", "by_head"] | None = None
 
 
 def run_chat(model: Path, options: ChatOptions) -> int:
@@ -84,6 +86,7 @@ def run_chat(model: Path, options: ChatOptions) -> int:
         origin=Origin(
             BasesConfig(vision_tower=options.vision_tower, language_model=options.language_model),
             options.template,
+            options.sat_qkv,
         ),
     )
     session = ChatSession(speaker, options.max_new_tokens, options.system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,21 @@ TowerBase = Annotated[
 LanguageBase = Annotated[
     str | None,
     typer.Option("--language-model", help="Language model that it stands on, likewise."),
+]
+
+
+class SatOrder(StrEnum):
+    """Orders of rows in SwissArmyTransformer's layout."""
+
+    BLOCKS = "blocks"
+    BY_HEAD = "by_head"
+
+
+SatRows = Annotated[
+    SatOrder | None,
+    typer.Option(
+        "--sat-qkv", help="VisualGLM in SwissArmyTransformer's layout: by_head before July 2023."
+    ),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or npu.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
@@ -47,6 +63,7 @@ def chat(
     template: Template = None,
     vision_tower: TowerBase = None,
     language_model: LanguageBase = None,
+    sat_qkv: SatRows = None,
 ) -> None:
     """Talk to a model about images. Lines are read from a pipe as well as from a terminal."""
     from vistune.chat.terminal import ChatOptions, run_chat
@@ -63,5 +80,6 @@ def chat(
         template=template,
         vision_tower=vision_tower,
         language_model=language_model,
+        sat_qkv=None if sat_qkv is None else sat_qkv.value,
     )
     raise typer.Exit(run_chat(model, options))

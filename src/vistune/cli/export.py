@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vistune.cli.chat import LanguageBase, Template, TowerBase
+from vistune.cli.chat import LanguageBase, SatRows, Template, TowerBase
 
 
 class Target(StrEnum):
@@ -42,6 +42,7 @@ def export(
     template: Template = None,
     vision_tower: TowerBase = None,
     language_model: LanguageBase = None,
+    sat_qkv: SatRows = None,
 ) -> None:
     """Merge adapters and write the model for transformers, PEFT or vistune itself."""
     from vistune.assembly import Origin
@@ -54,6 +55,6 @@ def export(
         to=to.value,
         output=output,
         overwrite=overwrite,
-        origin=Origin(bases, template),
+        origin=Origin(bases, template, None if sat_qkv is None else sat_qkv.value),
     )
     print(f"written: {written}")

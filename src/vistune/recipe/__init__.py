@@ -8,6 +8,7 @@ from vistune.recipe.model import (
     ConnectorConfig,
     LanguageModelConfig,
     ModelConfig,
+    QkvOrder,
     TilesConfig,
     VisionTowerConfig,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LogConfig",
     "LoraTune",
     "ModelConfig",
+    "QkvOrder",
     "Recipe",
     "ResolvedRecipe",
     "RoleTune",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import field_validator, model_validator
 
 from vistune.recipe.base import Auto, PositiveInt, Section
+
+QkvOrder: TypeAlias = Literal["blocks", "by_head"]
 
 _CONNECTOR = re.compile(r"linear|identity|mlp[1-9][0-9]*x_gelu")
 
@@ -145,6 +147,11 @@ class ModelConfig(Section):
     bases: BasesConfig = BasesConfig()
     """Where the models are that `from_checkpoint` stands on, when its own config does not say so
     rightly."""
+    sat_qkv: QkvOrder | None = None
+    """With a VisualGLM in SwissArmyTransformer's layout: the order of its fused rows of queries,
+    keys and values. `blocks` (also when left out): queries, then keys, then values. `by_head`: head
+    by head, as SwissArmyTransformer wrote them before July 2023 and its Ascend version does. No
+    file says which, and with the wrong one the model talks nonsense."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -153,6 +160,8 @@ class ModelConfig(Section):
             raise ValueError("name both vision_tower and language_model, or from_checkpoint")
         if self.from_checkpoint is None and self.bases != BasesConfig():
             raise ValueError("bases belongs to from_checkpoint; name the parts themselves")
+        if self.from_checkpoint is None and self.sat_qkv is not None:
+            raise ValueError("sat_qkv belongs to from_checkpoint")
         if self.from_checkpoint is not None:
             # What stands at its default says nothing: a resolved recipe writes every key.
             defaults = {

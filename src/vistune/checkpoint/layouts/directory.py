@@ -15,7 +15,7 @@ from vistune.checkpoint.layouts import llava_hf, llava_original, vistune_model
 from vistune.checkpoint.load import SAT_CONFIG_NAME
 from vistune.errors import ModelError
 from vistune.models.facts import ModelFacts, read_json
-from vistune.recipe import BasesConfig
+from vistune.recipe import BasesConfig, QkvOrder
 
 if TYPE_CHECKING:
     from vistune.models.whole import WholeModel
@@ -89,18 +89,28 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
-def describe_directory(path: Path, bases: BasesConfig = _NO_BASES) -> ModelFacts:
+def describe_directory(
+    path: Path, bases: BasesConfig = _NO_BASES, sat_qkv: QkvOrder | None = None
+) -> ModelFacts:
     """Describes a whole model from its config, preprocessor file and tokenizer.
 
     Args:
         path: The directory.
         bases: Where the recipe says that models are which the directory names.
+        sat_qkv: What the recipe says of the order of rows in SwissArmyTransformer's layout.
 
     Raises:
         ModelError: It is of no known layout, or a file in it cannot be used, or it is whole and
             stands on no base.
     """
     layout = layout_of(path)
+    if sat_qkv is not None and not _is_sat(path):
+        raise ModelError(
+            "this directory is not in SwissArmyTransformer's layout, whose rows have two orders",
+            where="model.sat_qkv",
+            got=sat_qkv,
+            fix="leave model.sat_qkv out",
+        )
     if bases == _NO_BASES:
         return layout.describe(path)
     if layout is not llava_original or bases.language_model is not None:
@@ -113,8 +123,17 @@ def describe_directory(path: Path, bases: BasesConfig = _NO_BASES) -> ModelFacts
     return llava_original.describe(path, tower_path=bases.vision_tower)
 
 
+def _is_sat(path: Path) -> bool:
+    return (path / SAT_CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
 def load_directory(
-    path: Path, facts: ModelFacts, *, dtype: torch.dtype, bases: BasesConfig = _NO_BASES
+    path: Path,
+    facts: ModelFacts,
+    *,
+    dtype: torch.dtype,
+    bases: BasesConfig = _NO_BASES,
+    sat_qkv: QkvOrder | None = None,
 ) -> WholeModel:
     """Loads a whole model.
 
@@ -123,6 +142,7 @@ def load_directory(
         facts: What `describe_directory` found.
         dtype: Format of the weights.
         bases: As for `describe_directory`.
+        sat_qkv: As for `describe_directory`.
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -130,7 +150,11 @@ def load_directory(
     Raises:
         WeightsError: Weights are missing, left over or of another shape.
     """
-    if bases == _NO_BASES:
+    if sat_qkv is not None:
+        from vistune.models.families.visualglm import VisualGLMFamily
+
+        model: WholeModel = VisualGLMFamily().load(path, dtype, sat_qkv=sat_qkv)
+    elif bases == _NO_BASES:
         model = layout_of(path).load(path, facts, dtype=dtype)
     else:
         model = llava_original.load(path, facts, dtype=dtype, tower_path=bases.vision_tower)

@@ -12,7 +12,8 @@ import torch
 
 from vistune.models.families.visualglm import SAT_CONFIG_NAME, SAT_WEIGHTS_NAME
 from vistune.models.visualglm import VisualGLMForConditionalGeneration
-from vistune.models.visualglm.keys import QkvOrder, sat_map
+from vistune.models.visualglm.keys import sat_map
+from vistune.recipe import QkvOrder
 
 _ITERATION = "1"
 

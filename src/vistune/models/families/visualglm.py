@@ -23,7 +23,8 @@ from vistune.models.families.contract import FAMILIES
 from vistune.models.families.files import CONFIG_NAME, read_config, read_tensors
 from vistune.models.families.filling import filled
 from vistune.models.visualglm import VisualGLMConfig, VisualGLMForConditionalGeneration
-from vistune.models.visualglm.keys import QkvOrder, chatglm_map, hf_map, sat_map
+from vistune.models.visualglm.keys import chatglm_map, hf_map, sat_map
+from vistune.recipe import QkvOrder
 
 SAT_CONFIG_NAME = "model_config.json"
 SAT_WEIGHTS_NAME = "mp_rank_00_model_states.pt"

@@ -8,8 +8,6 @@ them by head too. Nothing in a file says which, so the older order has to be ask
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from vistune.models.chatglm.configuration import ChatGLMConfig
 from vistune.models.keymap import WITH_BATCH_AXIS, Entry, Form, KeyMap, Unread, blocks, interleaved
 from vistune.models.keymap import pairs as _pairs
 from vistune.models.visualglm.configuration import VisualGLMConfig
+from vistune.recipe import QkvOrder
 
-QkvOrder: TypeAlias = Literal["by_head", "blocks"]
 _BOTH = ("weight", "bias")
 
 
