@@ -202,9 +202,9 @@ class DataConfig(Section):
     """The datasets."""
     template: str = "auto"
     """Chat template: plain, vicuna_v1, llama_2, mpt, chatml, internlm2_chat, qwen, llama3, gemma,
-    cogvlm2_chat, cogvlm2_vqa, cogvlm2_base, visualglm_zh, visualglm_en, or `tokenizer` for the
-    tokenizer's own. `auto`: the tokenizer's own, or that of the model family or checkpoint gone on
-    from."""
+    cogvlm2_chat, cogvlm2_vqa, cogvlm2_base, visualglm_zh, visualglm_en, paligemma (one prompt and
+    its answer), or `tokenizer` for the tokenizer's own. `auto`: the tokenizer's own, or that of the
+    model family or checkpoint gone on from."""
     system: str | None = None
     """System prompt; the template's default when left out."""
     image: ImageConfig = ImageConfig()
