@@ -21,7 +21,7 @@ from native_dirs import KINDS, write_native
 from vistune.assembly import Assembled, load_assembled
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.cli import main
-from vistune.errors import ModelError
+from vistune.errors import CheckpointError, ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
 from vistune.models.native import NativeVLM
@@ -37,7 +37,7 @@ LORA = {
     "language": {"mode": "lora", "rank": 2, "alpha": 8.0},
 }
 
-EXPERTS = {"qwen3_vl_moe", "minicpmv4_6", "mistral3"}
+EXPERTS = {"qwen3_vl_moe", "minicpmv4_6", "mistral3", "pixtral"}
 """Kinds whose operations are not known."""
 
 
@@ -290,6 +290,54 @@ def test_the_command_line(
     assert page.read_text().count("<img") >= 3
     shown = run("data", "preview", str(written), "--rows", "1")
     assert "a cat 0" in shown
+
+
+def test_a_second_stage_goes_on_from_the_first(shelf: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    kind = "qwen3_vl"  # its connector is several modules, some of them in a list
+    samples = {"prompts": ["what is it"], "images": [str(shelf / "pictures" / "0.png")]}
+    asked = {"sample": {**samples, "every_steps": 1, "max_new_tokens": 2}}
+    first = recipe(shelf, shelf / kind, tmp_path / "one", {"connector": {"mode": "full"}})
+    train(first, console=QUIET)
+    tune = {"connector": {"mode": "freeze"}, "language": {"mode": "lora", "rank": 2}}
+    second = recipe(shelf, tmp_path / "one", tmp_path / "two", tune).recipe
+    second = Recipe.model_validate({**second.model_dump(), **asked})
+    train(ResolvedRecipe(recipe=second, sources={}, origin="test"), console=QUIET)
+    assert list(RunDirectory(tmp_path / "two").samples.iterdir())
+
+    trained = load_assembled(tmp_path / "two")
+    assert changed_roles(load_assembled(tmp_path / "one"), trained) == {"language"}
+    assert changed_roles(load_assembled(shelf / kind), trained) == {"language", "connector"}
+    # The adapter brings the connector along, which the base model does not have.
+    written = export_model(tmp_path / "two", to="adapter", output=tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(
+        shelf / kind, dtype=torch.float32, attn_implementation="eager"
+    )
+    expected = logits(trained)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base, str(written)).eval()(**inputs_of(trained)).logits
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    # Adapters on adapters stand on weights that no directory has.
+    tune = {"connector": {"mode": "freeze"}, "language": {"mode": "lora", "rank": 2}}
+    train(recipe(shelf, tmp_path / "two", tmp_path / "three", tune), console=QUIET)
+    with pytest.raises(CheckpointError, match="an earlier run trained"):
+        export_model(tmp_path / "three", to="adapter", output=tmp_path / "none")
+
+
+def test_what_an_adapter_cannot_hold_is_said(shelf: Path, tmp_path: Path) -> None:
+    tunes = {
+        "head weights were trained in full": {**LORA, "head": {"mode": "full"}},
+        "trained no adapters": {"connector": {"mode": "full"}},
+        "one setting for all": {**LORA, "vision": {"mode": "lora", "rank": 2, "rslora": True}},
+    }
+    for number, (said, tune) in enumerate(tunes.items()):
+        run_dir = tmp_path / str(number)
+        made = recipe(shelf, shelf / "qwen3_vl", run_dir, tune, train={"steps": 1})
+        train(made, console=QUIET)
+        with pytest.raises(ModelError, match=said):
+            export_model(run_dir, to="adapter", output=tmp_path / "out")
 
 
 def test_an_export_is_what_the_hub_has(shelf: Path, tmp_path: Path) -> None:
