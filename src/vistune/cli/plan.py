@@ -38,7 +38,8 @@ def plan(
 
     blueprint = draw(recipe)
     whole = blueprint.facts.whole_config
-    if whole is not None and whole.model_type in NATIVE:
+    # A whole "llava" is Pixtral: the others are put together from their parts.
+    if whole is not None and whole.model_type in {*NATIVE, "llava"}:
         target = target_of(recipe, device, memory_gib=memory_gib)
         found = held(recipe, blueprint.facts, target, dtype=dtype_of(recipe, target))
         _print_held(found)

@@ -34,7 +34,7 @@ TUNES: dict[str, dict[str, Any]] = {
     },
     "full": {role: {"mode": "full"} for role in ("vision", "connector", "language")},
 }
-UNKNOWN = {"qwen3_vl_moe", "minicpmv4_6", "mistral3"}
+UNKNOWN = {"qwen3_vl_moe", "minicpmv4_6", "mistral3", "pixtral"}
 """Experts and recurrent layers are no linear layers, and Pixtral's tower computes what it masks."""
 
 

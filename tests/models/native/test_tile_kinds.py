@@ -70,8 +70,8 @@ def processor(kind: str, loaded: Assembled) -> Any:
         more = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
         values |= {"num_image_tokens": 16, "video_processor": None, **more}
         name = "LlavaOnevisionProcessor"
-    elif kind == "mistral3":
-        return Pixtral(layout.image_processor, tokenizer)
+    elif kind in ("mistral3", "pixtral"):
+        return Pixtral(layout.image_processor, tokenizer, merge=2 if kind == "mistral3" else 1)
     elif kind == "paddleocr_vl":
         tokenizer.image_token = "<|IMAGE_PLACEHOLDER|>"
         tokenizer.image_token_id = loaded.encoder.image_token_id
@@ -99,6 +99,7 @@ class Pixtral:
 
     image_processor: Any
     tokenizer: Any
+    merge: int
 
     def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, **kwargs))
@@ -106,13 +107,15 @@ class Pixtral:
     def __call__(self, *, images: Any, text: list[str], **_: Any) -> dict[str, Any]:
         written = text[0]
         shown = []
+        merge, side = self.merge, 4 * self.merge
         for image in images[0]:
-            out = self.image_processor(images=[image], patch_size=8, return_tensors="np")
+            out = self.image_processor(images=[image], patch_size=side, return_tensors="np")
             pixels = out["pixel_values"][0]
-            rows, columns = pixels.shape[1] // 8, pixels.shape[2] // 8
+            rows, columns = pixels.shape[1] // side, pixels.shape[2] // side
             block = (("[I]" * columns + "[IMG_BREAK]") * rows).removesuffix("[IMG_BREAK]")
             written = written.replace("[IMG]", f"{block}[IMG_END]", 1)
-            patches = pixels.reshape(3, rows * 2, 4, columns * 2, 4).transpose(1, 3, 0, 2, 4)
+            patches = pixels.reshape(3, rows * merge, 4, columns * merge, 4)
+            patches = patches.transpose(1, 3, 0, 2, 4)
             shown.append(patches.reshape(-1, 3, 4, 4))
         ids = self.tokenizer(written.replace("[I]", "[IMG]"), add_special_tokens=False)
         return {"input_ids": [ids["input_ids"]], "pixel_values": np.concatenate(shown)}
@@ -136,7 +139,7 @@ def parts_of(message: tuple[int | str, ...]) -> list[dict[str, str]]:
 
 def as_inputs(kind: str, pixels: Any) -> Any:
     """Returns a processor's pixels with the axis in front that a layout counts."""
-    if kind in ("internvl", "paddleocr_vl", "mistral3"):
+    if kind in ("internvl", "paddleocr_vl", "mistral3", "pixtral"):
         return pixels
     if kind != "minicpmv4_6":
         return pixels[0]
@@ -154,8 +157,8 @@ def test_ids_and_pixels_are_the_processors(kind: str, loaded: Assembled, process
     for index, size in enumerate(some_sizes(30, seed=3)):
         turns = [Turn("user", (0, "what?") if index % 2 else ("look: ", 0))]
         image = picture(size)
-        is_small = kind == "mistral3" and max(size) <= 8
-        is_line = kind == "mistral3" and max(size) > 64 * min(size)
+        is_small = kind in ("mistral3", "pixtral") and max(size) <= (8 if kind == "mistral3" else 4)
+        is_line = kind in ("mistral3", "pixtral") and max(size) > 64 * min(size)
         if is_small or is_line or (kind == "paddleocr_vl" and max(size) > 200 * min(size)):
             if not is_small:
                 with pytest.raises(ValueError, match=r"aspect ratio|height=0|width=0"):
@@ -193,6 +196,7 @@ def test_a_conversation_with_images_is_the_processors(
         "minicpmv4_6": "a thing<|im_end|>both<|im_end|>",
         "paddleocr_vl": "a thing<|im_end|>both<|im_end|>",
         "mistral3": "a thing<|im_end|>both<|im_end|>",
+        "pixtral": "a thing<|im_end|>both<|im_end|>",
         "llava_onevision": "\na thing<|im_end|>\nboth<|im_end|>",
     }.get(kind, " a thing<end_of_utterance> both<end_of_utterance>")
     end = "<end_of_utterance>" if kind in ("idefics3", "smolvlm") else "<|im_end|>"
@@ -306,7 +310,7 @@ def test_the_preview_names_the_tiles_of_every_image(kind: str, loaded: Assembled
     page = to_html([replace(shown, sample=replace(sample, images=files))], title="T")
     assert page.count("<figure>") == 2
     # Several images, or all, are one tile.
-    whole = kind in ("llava_onevision", "paddleocr_vl", "mistral3")
+    whole = kind in ("llava_onevision", "paddleocr_vl", "mistral3", "pixtral")
     assert ("tiles, " in page) == (not whole)
 
 
@@ -337,6 +341,7 @@ def test_shrinking_is_refused_where_it_saves_nothing(kind: str, loaded: Assemble
         "smolvlm": {"tile_px": 512, "longest_px": 2048},
         "minicpmv4_6": {"patch_px": 14, "slice_px": 448},
         "mistral3": {"patch_px": 14, "longest_px": 1540},
+        "pixtral": {"patch_px": 16, "longest_px": 1024},
     }
     if kind not in published:
         pytest.skip("as for kinds that are not skipped")
@@ -390,7 +395,7 @@ def test_files_that_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
     text = {**config["text_config"], "vocab_size": right}
     refused("config.json", {"text_config": text}, "embedding table ends")
     processor = "preprocessor_config.json"
-    if kind == "mistral3":
+    if kind in ("mistral3", "pixtral"):
         refused(processor, {"size": {"height": 32}}, "is not given by its")
         return
     if kind == "paddleocr_vl":

@@ -167,6 +167,19 @@ def _mistral3(tokenizer: Any) -> Any:
     )
 
 
+def _pixtral(tokenizer: Any) -> Any:
+    return transformers.LlavaConfig(
+        vision_config={
+            "model_type": "pixtral",
+            **_vision(image_size=64, patch_size=4, head_dim=8),
+        },
+        text_config={**_text("mistral", tokenizer), "head_dim": 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
 def _minicpmv(tokenizer: Any) -> Any:
     text = {
         **_text("qwen3_5_text", tokenizer),
@@ -310,6 +323,22 @@ TILE_KINDS: dict[str, dict[str, Any]] = {
             "image_std": _CLIP_STD,
         },
         "model_class": "Mistral3ForConditionalGeneration",
+    },
+    "pixtral": {
+        "specials": (
+            *("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+            *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        ),
+        "template": _MISTRAL_TEMPLATE,
+        "config": _pixtral,
+        "processor": {
+            "image_processor_type": "PixtralImageProcessorFast",
+            "patch_size": {"height": 4, "width": 4},
+            "size": {"longest_edge": 64},
+            "image_mean": _CLIP_MEAN,
+            "image_std": _CLIP_STD,
+        },
+        "model_class": "LlavaForConditionalGeneration",
     },
 }
 if Version(transformers.__version__) < Version("5.23"):

@@ -38,7 +38,10 @@ _PARTS = ("vision_tower.", "multi_modal_projector.", "language_model.")
 
 
 def matches(values: dict[str, Any]) -> bool:
-    """Whether a config.json is of transformers' LLaVA or LLaVA-NeXT."""
+    """Whether a config.json is of transformers' LLaVA or LLaVA-NeXT; not Pixtral under its name."""
+    vision = values.get("vision_config")
+    if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
+        return False
     return values.get("model_type") in ("llava", NEXT) and "vision_config" in values
 
 

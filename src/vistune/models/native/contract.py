@@ -123,8 +123,24 @@ class TakesPatches(Protocol):
         ...
 
 
+PIXTRAL = "llava with pixtral"
+"""The name here of a model whose config is LLaVA's and whose tower is Pixtral's."""
+
+
+def native_name(model_type: str | None, vision_type: str | None) -> str:
+    """Returns the name of a family in `NATIVE`, whether or not there is such a family.
+
+    Args:
+        model_type: Of the config.
+        vision_type: Of the config of its tower.
+    """
+    if model_type == "llava" and vision_type == "pixtral":
+        return PIXTRAL
+    return model_type or ""
+
+
 NATIVE: Registry[NativeFamily] = Registry("transformers model")
-"""The families, by `model_type`."""
+"""The families, by `native_name`: mostly the `model_type`."""
 
 
 def register(family: NativeFamily) -> None:

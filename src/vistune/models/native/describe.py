@@ -11,7 +11,13 @@ import torch
 from vistune.errors import ModelError
 from vistune.models.attention import register_packed_attention
 from vistune.models.facts import ModelFacts, read_json
-from vistune.models.native.contract import NATIVE, LooksAhead, NativeFamily, defaults_of
+from vistune.models.native.contract import (
+    NATIVE,
+    LooksAhead,
+    NativeFamily,
+    defaults_of,
+    native_name,
+)
 from vistune.models.native.model import NativeVLM
 from vistune.models.weights import hub_error, load_strictly, quiet_transformers
 
@@ -23,7 +29,9 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_confi
 
 def is_native(values: dict[str, Any]) -> bool:
     """Whether a config.json is of a model that is trained through its own class."""
-    return values.get("model_type") in NATIVE
+    vision = values.get("vision_config")
+    vision_type = vision.get("model_type") if isinstance(vision, dict) else None
+    return native_name(values.get("model_type"), vision_type) in NATIVE
 
 
 def describe_native(folder: Path) -> ModelFacts:
@@ -48,7 +56,7 @@ def describe_native(folder: Path) -> ModelFacts:
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # these files fail in many ways, all of them the user's to mend
         raise hub_error(error, path=str(folder), key=KEY) from error
-    family = NATIVE.get(config.model_type)
+    family = family_of(config)
     # The processor's template goes before the tokenizer's own, which often knows text alone.
     tokenizer.chat_template = _chat_template(folder) or tokenizer.chat_template
     processor = read_processor(folder)
@@ -141,4 +149,4 @@ def native_skeleton(facts: ModelFacts) -> NativeVLM:
 
 def family_of(config: Any) -> NativeFamily:
     """Returns what is known of a config's family."""
-    return NATIVE.get(config.model_type)
+    return NATIVE.get(native_name(config.model_type, config.vision_config.model_type))

@@ -1,4 +1,4 @@
-"""Mistral 3 (Mistral Small 3.1 and later): Pixtral's tower, patches folded by the projector."""
+"""Pixtral, and Mistral 3 (Mistral Small 3.1 and later), whose projector folds its patches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import register
+from vistune.models.native.contract import PIXTRAL, register
 from vistune.models.native.marks import image_token_id, size_px, token_id
 from vistune.types import ImageShape, VisionGrid
 
@@ -92,4 +93,30 @@ class Mistral3:
         return (2 * merge**2, 3, side, side), ((merge, 2 * merge),)
 
 
+class Pixtral(Mistral3):
+    """The same tower behind LLaVA's projector, which folds nothing."""
+
+    model_types: tuple[str, ...] = (PIXTRAL,)
+
+    def grid(self, config: Any) -> VisionGrid:
+        """Returns patches of the tower, one for each token."""
+        return VisionGrid(patch_px=int(config.vision_config.patch_size), downsample=1)
+
+    def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Returns the layout `row_breaks`.
+
+        Raises:
+            ModelError: Tokenizer, config and image processor do not fit each other.
+        """
+        if config.vision_feature_select_strategy != "full":
+            raise ModelError(
+                "Pixtral's tower has no class token to leave out",
+                where="config.json: vision_feature_select_strategy",
+                got=config.vision_feature_select_strategy,
+                expected="full",
+            )
+        return super().layout(config, processor, tokenizer)
+
+
 register(Mistral3())
+register(Pixtral())
