@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from family_dirs import write_family
 from tiny_parts import parts
 from typer.testing import CliRunner
 
@@ -92,3 +93,13 @@ def test_lengths_are_read_when_asked_for(tree, tmp_path):
     # Bytes are tokens here: the longest of three pairs holds the row of 40 and another.
     assert 2 * 40 < made.row.num_tokens < 4096
     assert made.run_seconds == pytest.approx(made.row_seconds * 6)
+
+
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b"])
+def test_a_family_is_planned_from_its_directory(tree, tmp_path, kind):
+    tree["model"] = {"from_checkpoint": str(write_family(kind, tmp_path / kind))}
+    tree["data"] = {"train": [{"path": "d.json"}]}
+    tree["tune"] = {"connector": {"mode": "freeze"}, "language": {"mode": "lora", "rank": 2}}
+    made = make_plan(Recipe.model_validate(tree), device="a100-40")
+    assert made.fits and made.settled.max_tokens > 2048
+    assert made.prediction.activations > 0 and made.prediction.tower > 0
