@@ -131,6 +131,22 @@ def test_an_index_that_is_being_removed_is_made_again(
     assert [gone.path for gone in tidy()] == [unfinished]
 
 
+def test_an_index_made_afresh_leaves_the_old_one_to_who_has_it_open(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_ROWS_WORTH_KEEPING", 1)
+    source = SourceConfig(path=str(write_rows(tmp_path, [{"conversations": talk("a", "b")}] * 9)))
+    reader, encoder = open_source(source), make_encoder()
+    running = index_source(source, reader, encoder)
+    again = index_source(source, reader, encoder, fresh=True)
+    (trash,) = (one for one in kept(("index",)) if one.path != again.folder)
+    assert trash.is_held() and tidy() == []
+    assert running.columns.text_tokens.tolist() == again.columns.text_tokens.tolist()
+    del running
+    assert [gone.path for gone in tidy()] == [trash.path]
+    assert [one.path for one in kept(("index",))] == [again.folder]
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", ["vistune", "data", "cache", *arguments])
     with pytest.raises(SystemExit) as caught:

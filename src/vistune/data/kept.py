@@ -26,7 +26,8 @@ MAX_BYTES = 64 << 30
 MAX_AGE_S = 30 * 86_400.0
 FRESH_S = 86_400.0
 _META = "meta.json"
-_UNFINISHED = ("tmp", "trash-")
+_TRASH = "trash-"
+_UNFINISHED = ("tmp", _TRASH)
 
 
 class Hold:
@@ -98,7 +99,7 @@ class Kept:
                     self.path.unlink(missing_ok=True)
                     return True
                 # First out of sight, whole: nobody may open half of it.
-                trash = self.path.with_name(f"trash-{os.getpid()}-{self.path.name}")
+                trash = self.path.with_name(f"{_TRASH}{os.getpid()}-{self.path.name}")
                 self.path.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
         except BlockingIOError:
@@ -115,6 +116,20 @@ class Kept:
         with self._lock.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+
+
+def discard(folder: Path) -> None:
+    """Takes a folder of the cache out of sight; it goes when no process uses it any more.
+
+    Args:
+        folder: The folder; nothing is done where it is not there.
+    """
+    trash = folder.with_name(f"{_TRASH}{os.getpid()}-{time.monotonic_ns()}-{folder.name}")
+    try:
+        folder.rename(trash)
+    except FileNotFoundError:
+        return
+    Kept("index", trash, 0, 0.0).remove()
 
 
 def kept(kinds: Sequence[str] = KINDS) -> list[Kept]:
@@ -171,7 +186,8 @@ def tidy(*, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> list[Ke
     removed = []
     for one in found:
         age_s = now_s - one.used_s
-        if age_s < FRESH_S or (age_s < max_age_s and total <= max_bytes):
+        is_wanted = age_s < FRESH_S or (age_s < max_age_s and total <= max_bytes)
+        if is_wanted and not one.path.name.startswith(_TRASH):
             continue
         if one.remove():
             removed.append(one)
@@ -179,4 +195,4 @@ def tidy(*, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> list[Ke
     return removed
 
 
-__all__ = ["KINDS", "Hold", "Kept", "kept", "tidy"]
+__all__ = ["KINDS", "Hold", "Kept", "discard", "kept", "tidy"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from vistune.data.index.build import Build, build
 from vistune.data.index.columns import RowColumns, SourceIndex
 from vistune.data.index.key import source_key
 from vistune.data.index.scan import RowScan
-from vistune.data.kept import tidy
+from vistune.data.kept import discard, tidy
 from vistune.recipe import SourceConfig
 
 _ROWS_WORTH_KEEPING = 4_096
@@ -66,7 +65,7 @@ def index_source(
     key = source_key(source, encoder, deep=deep)
     folder = cache_folder("index") / key
     if fresh and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
     kept = _kept(folder)
     if kept is None:
         meta = {"path": str(Path(source.path).absolute()), "rows": num_rows, "deep": deep}
@@ -91,7 +90,7 @@ def _kept(folder: Path) -> SourceIndex | None:
     except BlockingIOError:
         return None  # it is being removed
     except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or not there: it is made (again)
+        discard(folder)  # damaged, or not there: it is made (again)
         return None
 
 
