@@ -26,7 +26,7 @@ from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
 from vistune.data.layout import ImageLayout, load_layout
-from vistune.data.template import resolve_template
+from vistune.data.template import ChatTemplate, resolve_template
 from vistune.errors import CheckpointError, DataError, ModelError
 from vistune.models.anyres import tiles_of, with_tiles
 from vistune.models.build import build_model, replace_connector
@@ -259,20 +259,38 @@ def _encoder(
     elif data.template == "auto":
         # A family's template; `auto` again where the tokenizer brings its own.
         data = data.model_copy(update={"template": facts.template})
+    layout = _layout(data.image, facts, before)
+    if layout is not None:  # it decides on the form of images; squares of an earlier run do not
+        defaults = replace(defaults, mode="resize")
+    template = template or resolve_template(
+        data.template, facts.tokenizer, image_marks=facts.image_marks, adds_bos=facts.adds_bos
+    )
+    _check_direction(template, facts)
     return Encoder(
         tokenizer=facts.tokenizer,
-        template=template
-        or resolve_template(
-            data.template,
-            facts.tokenizer,
-            image_marks=facts.image_marks,
-            adds_bos=facts.adds_bos,
-        ),
+        template=template,
         image_plan=ImagePlan.resolve(data.image, defaults),
         grid=facts.grid,
         image_token_id=facts.image_token_id,
         system=system,
-        layout=_layout(data.image, facts, before),
+        layout=layout,
+    )
+
+
+def _check_direction(template: ChatTemplate, facts: ModelFacts) -> None:
+    """Refuses a template that disagrees with the model on whether prompts are read both ways.
+
+    Raises:
+        DataError: It does.
+    """
+    if template.both_ways == facts.prompts_both_ways:
+        return
+    only = "reads prompts both ways" if facts.prompts_both_ways else "reads prompts one way"
+    raise DataError(
+        f"this model {only}, and the template '{template.name}' is for models that do not",
+        where="data.template",
+        got=template.name,
+        fix="set data.template=auto",
     )
 
 

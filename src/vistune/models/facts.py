@@ -43,6 +43,8 @@ class ModelFacts:
         whole_config: Config of a model of a family, from which the whole model can be built.
         adds_bos: Whether the model's public processor puts the tokenizer's begin-of-text in front
             of what its chat template writes, unless that begins with it.
+        prompts_both_ways: Whether all that stands in front of an answer is a prefix that the model
+            reads both ways.
     """
 
     tokenizer: Any
@@ -57,6 +59,7 @@ class ModelFacts:
     image_marks: tuple[str, str, str] | None = None
     whole_config: Any = None
     adds_bos: bool = False
+    prompts_both_ways: bool = False
 
 
 def describe(config: ModelConfig) -> ModelFacts:

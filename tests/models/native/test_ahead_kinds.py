@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from native_dirs import write_native
 
-from vistune.assembly import Assembled, load_assembled
+from vistune.assembly import Assembled, draw, load_assembled
 from vistune.checkpoint.layouts import describe_directory
 from vistune.data.collate import pack_row
 from vistune.data.template import PrefixTemplate, load_template
 from vistune.errors import DataError, ModelError, RowError
 from vistune.models.native import NativeVLM
+from vistune.recipe import Recipe
 from vistune.types import EncodedSample, Sample, Turn
 
 PICTURES = [
@@ -162,6 +163,20 @@ def test_what_a_prefix_has_no_place_for(turns: tuple[Turn, ...], reason: str) ->
     with pytest.raises(RowError) as caught:
         template.segments(turns)
     assert caught.value.reason == reason
+
+
+def test_templates_and_models_agree_on_the_direction(tmp_path: Path) -> None:
+    for kind, template in (("gemma3", "paligemma"), ("paligemma", "chatml")):
+        model = {"from_checkpoint": str(write_native(kind, tmp_path / kind))}
+        tree = {
+            "name": "x",
+            "model": model,
+            "data": {"train": [{"path": "x.json"}], "template": template},
+            "batch": {"samples": 1},
+            "train": {"steps": 1},
+        }
+        with pytest.raises(DataError, match=r"data\.template=auto"):
+            draw(Recipe.model_validate(tree))
 
 
 def test_directories_that_do_not_fit(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def describe_native(folder: Path) -> ModelFacts:
     tokenizer.chat_template = _chat_template(folder) or tokenizer.chat_template
     processor = read_processor(folder)
     grid = family.grid(config)
+    both_ways = _reads_prompts_both_ways(family)
     return ModelFacts(
         tokenizer=tokenizer,
         image_token_id=family.image_token_id(config),
@@ -69,7 +70,8 @@ def describe_native(folder: Path) -> ModelFacts:
         vision_config=config.vision_config,
         text_config=config.get_text_config(),
         tower=None,
-        template="paligemma" if _reads_prompts_both_ways(family) else "auto",
+        template="paligemma" if both_ways else "auto",
+        prompts_both_ways=both_ways,
         layout=family.layout(config, processor, tokenizer),
         image_marks=family.image_marks,
         adds_bos=True,
