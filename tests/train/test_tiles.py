@@ -75,7 +75,7 @@ def test_tiles_come_in_stage_two_and_resume(stages: Path, tiny: Path) -> None:
     assert whole[-1][1] < whole[0][1]
     last = stages / "two" / "checkpoints" / f"step_{len(whole):08d}"
     assert "tiles.image_newline" in load_file(last / "weights.safetensors")
-    # Stage 1 padded images to squares; a long one is now no longer refused for what that would need.
+    # Stage 1 padded images to squares, which a long one would not have fitted into.
     assert load_assembled(stages / "two").encoder.image_plan.mode == "resize"
     (last / "COMPLETE").unlink()
     train(resolved(tiny, stages / "two", **second_stage(stages)), resume=True, console=QUIET)
