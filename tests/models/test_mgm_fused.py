@@ -58,6 +58,7 @@ def test_fused_equals_transformers_layers(run: str, tune: str) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             scale = max(float(value.abs().max()), 1.0)
-            # float32 sums in another order; most gradients are of order 1, the rest cancel out
-            assert float((found[name] - value).abs().max()) <= 5e-5 * scale, name
+            # float32 sums in another order. Behind the mining's softmax, gradients of transformers'
+            # own layers are off by 1e-4 from those in float64, and the fused ones by half of that.
+            assert float((found[name] - value).abs().max()) <= 2e-4 * scale, name
     assert max(float(value.abs().max()) for value in expected.values()) > 1.0

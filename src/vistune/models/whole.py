@@ -1,4 +1,4 @@
-"""The type of a whole vision-language model: composed from parts, one of the families, or of transformers.
+"""The type of a whole vision-language model: composed, of a family, or one of transformers.
 
 Only annotations need it; what the engines ask of a model is `models.contract`.
 """
