@@ -124,6 +124,32 @@ def test_it_takes_the_place_of_a_whole_models_own(shelf: Path, tmp_path: Path) -
         built(shelf, {"from_checkpoint": str(shelf / "whole"), "connector": weights})
 
 
+def test_what_mgms_first_stage_leaves_is_enough(shelf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "MGM-2B-Pretrain"
+    folder.mkdir()
+    shutil.copy(shelf / "mm_projector.bin", folder)
+    values = {
+        **json.loads((shelf / "gemma" / "config.json").read_text()),
+        "architectures": ["MGMGemmaForCausalLM"],
+        "model_type": "mgm_gemma",
+        "_name_or_path": str(shelf / "gemma"),
+        "mm_vision_tower": "model_zoo/OpenAI/clip-vit-large-patch14-336",
+        "mm_vision_tower_aux": "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "image_size_aux": 64,
+        "image_aspect_ratio": "square",
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    asked = {"from_checkpoint": str(folder), "bases": {"vision_tower": str(shelf / "clip")}}
+    with pytest.raises(ModelError, match=r"model_zoo(.|\n)*model\.bases\.vision_tower"):
+        built(shelf, {"from_checkpoint": str(folder)})
+    found, expected = built(shelf, asked), public(shelf)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    encoder = draw(recipe(shelf, asked, tmp_path / "run")).encoder
+    assert (encoder.template.name, encoder.image_plan.mode) == ("gemma", "crop")
+
+
 def test_other_parts_are_no_mgm(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Gemma and CLIP"):
         other = tmp_path / "llama"

@@ -2,7 +2,7 @@
 
     <dir>/projector/ [llm_adapter/] [visual_encoder_adapter/] [config.json and weights]   XTuner
     iter_N.pth, as a file or as DeepSpeed's directory; mm_projector.bin           XTuner, LLaVA
-    <dir>/config.json, mm_projector.bin                                          LLaVA, stage 1
+    <dir>/config.json, mm_projector.bin                                    LLaVA and MGM, stage 1
     <dir>/config.json, adapter_config.json, non_lora_trainables.bin                 LLaVA, LoRA
 
 Each is turned into the parts of an ordinary model. Where those are stands in the directory's own
@@ -149,7 +149,7 @@ def _xtuner_part(
 
 
 def _llava_pieces(path: Path, bases: BasesConfig) -> Partial:
-    """The original LLaVA's first stage (a projector) or its LoRA (a projector and adapters)."""
+    """The first stage of LLaVA or MGM (a projector), or LLaVA's LoRA (a projector and adapters)."""
     values = read_json(path / "config.json")
     tower = _base("vision_tower", path, bases.vision_tower, values.get("mm_vision_tower"))
     language: dict[str, str] = {}
@@ -161,7 +161,7 @@ def _llava_pieces(path: Path, bases: BasesConfig) -> Partial:
         base = values.get("_name_or_path")
         weights = path / "mm_projector.bin"
     language["path"] = _base("language_model", path, bases.language_model, base)
-    parts = {
+    parts: dict[str, Any] = {
         "vision_tower": {
             "path": tower,
             "layer": int(values.get("mm_vision_select_layer", -1)),
@@ -173,6 +173,13 @@ def _llava_pieces(path: Path, bases: BasesConfig) -> Partial:
             "weights": str(weights),
         },
     }
+    if values.get("mm_vision_tower_aux"):
+        # MGM's first stage leaves both towers in the file.
+        parts["vision_tower_aux"] = {
+            "size_px": values.get("image_size_aux", 768),
+            "grid": values.get("image_grid", 1),
+            "whole": bool(values.get("image_global", False)),
+        }
     padded = values.get("image_aspect_ratio") == "pad"
     return Partial(ModelConfig.model_validate(parts), "vicuna_v1", "pad" if padded else "crop")
 
@@ -186,8 +193,9 @@ def _base(role: str, path: Path, given: str | None, *named: object) -> str:
     if given is not None:
         return given
     found = next((str(name) for name in named if name), None)
-    is_elsewhere = found is not None and found.startswith(("/", ".", "~"))
-    if found is None or (is_elsewhere and not Path(found).expanduser().is_dir()):
+    # A hub id has one slash: owner/name.
+    is_path = found is not None and (found.startswith(("/", ".", "~")) or found.count("/") > 1)
+    if found is None or (is_path and not Path(found).expanduser().is_dir()):
         what = role.replace("_", " ")
         raise ModelError(
             f"this holds only what was trained, and the {what} it stands on is not here",
