@@ -123,6 +123,20 @@ class TakesPatches(Protocol):
         ...
 
 
+@runtime_checkable
+class SplicedApart(Protocol):
+    """A family whose features are put among the embeddings here.
+
+    Its own class does that for one format of both alone: embeddings that train are fp32, features
+    of a run in bf16 are not (SmolVLM up to transformers 5.17 at least).
+    """
+
+    @property
+    def spliced_apart(self) -> Literal[True]:
+        """Says so; other families do not have it."""
+        ...
+
+
 PIXTRAL = "llava with pixtral"
 """The name here of a model whose config is LLaVA's and whose tower is Pixtral's."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Idefics3:
     model_types: tuple[str, ...] = ("idefics3", "smolvlm")
     image_marks = ("<image>", "", "")
     is_recurrent = False
+    spliced_apart: Literal[True] = True
     roles = ModuleMap(
         vision=("model.vision_model",),
         connector=("model.connector",),

@@ -25,7 +25,7 @@ from vistune.models.attention import (
     register_patch_attention,
 )
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import LooksAhead, NativeFamily, TakesPatches
+from vistune.models.native.contract import LooksAhead, NativeFamily, SplicedApart, TakesPatches
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
@@ -133,12 +133,14 @@ class NativeVLM(nn.Module):
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, mask: Tensor, images: Any
     ) -> Tensor:
         """Runs the model over a packed row whose mask keeps its samples apart."""
+        inputs = {"input_ids": input_ids_BT, **images}
+        if images and isinstance(self.family, SplicedApart):
+            inputs = {"inputs_embeds": self._spliced(input_ids_BT, images)}
         out = self.inner.model(
-            input_ids=input_ids_BT,
             attention_mask=mask,
             position_ids=position_ids_BT + self._first_position,
             use_cache=False,
-            **images,
+            **inputs,
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -147,11 +149,7 @@ class NativeVLM(nn.Module):
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, cu_seqlens: Tensor, images: Any
     ) -> Tensor:
         """Runs the language model over every sample of a packed row by itself."""
-        embeds_BTD = self.inner.get_input_embeddings()(input_ids_BT)
-        if images:
-            features = _tensors(self.inner.model.get_image_features(**images).pooler_output)
-            at_image = (input_ids_BT == self.image_token_id)[..., None]
-            embeds_BTD = embeds_BTD.masked_scatter(at_image, torch.cat(features).to(embeds_BTD))
+        embeds_BTD = self._spliced(input_ids_BT, images)
         parts = [
             self.inner.model.language_model(
                 inputs_embeds=embeds_BTD[:, start:end],
@@ -161,6 +159,16 @@ class NativeVLM(nn.Module):
             for start, end in itertools.pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(parts, dim=1)
+
+    def _spliced(self, input_ids_BT: Tensor, images: Any) -> Tensor:
+        """Returns embeddings with the images' features at their places: [B, T, D]."""
+        embeds_BTD: Tensor = self.inner.get_input_embeddings()(input_ids_BT)
+        if not images:
+            return embeds_BTD
+        found = _tensors(self.inner.model.get_image_features(**images).pooler_output)
+        features_KD = torch.cat([part.flatten(0, -2) for part in found]).to(embeds_BTD)
+        at_image = (input_ids_BT == self.image_token_id)[..., None]
+        return embeds_BTD.masked_scatter(at_image, features_KD)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Applies the output head: [M, D] -> [M, V]."""
