@@ -116,6 +116,7 @@ NATIVE = {
     "Gemma 3": "gemma3",
     "Mistral 3": "mistral3",
     "PaddleOCR-VL": "paddleocr_vl",
+    "Pixtral": "pixtral",
     "PaliGemma": "paligemma",
     "PaliGemma 2": "paligemma2",
 }
