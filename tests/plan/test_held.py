@@ -1,4 +1,4 @@
-"""What transformers' own models hold: added up without weights, equal to the model that is built."""
+"""What transformers' own models hold: added up without weights, equal to the model as built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def recipe(model: Path, **more: Any) -> Recipe:
         "device": "cpu",
         "model": {"from_checkpoint": str(model)},
         "data": {"train": [{"path": "d.json"}]},
-        "tune": TUNE,
         "tune": TUNE,
         "batch": {"samples": 1, "max_tokens": 512},
         "train": {"steps": 1},
@@ -80,5 +79,5 @@ def test_the_command_says_what_is_not_known(tmp_path: Path) -> None:
     assert "not predicted for this model" in done.output and "weights train" in done.output
     done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--memory-gib", "0.5"])
     assert done.exit_code == 1 and "does not fit" in done.output
-    with pytest.raises(ModelError, match="set batch.max_tokens"):
+    with pytest.raises(ModelError, match=r"set batch\.max_tokens"):
         make_plan(recipe(folder, batch={"max_tokens": "auto", "samples": 1}), device="h200")
