@@ -65,7 +65,12 @@ def test_what_is_not_known_is_none_and_stays_so_in_sums():
 def test_lengths_of_a_row():
     row = make_row((7, 4), seed=0)  # targets follow positions 3, 4, 5 and 7 + 2
     assert lengths_of(row, reads_tail=True) == RowLengths(
-        samples=[7, 4], tails=[4, 2], num_targets=4, num_images=1, num_image_tokens=1
+        samples=[7, 4],
+        tails=[4, 2],
+        num_targets=4,
+        num_images=1,
+        num_image_tokens=1,
+        pixel_shape=tuple(row.pixel_values_NCYX.shape),
     )
     assert lengths_of(row, reads_tail=False).tails is None
     assert row_cost(None, reads_tail=True) is None
