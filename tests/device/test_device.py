@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vistune.device import seed_everything, select_device, versions
+from vistune.device import seed_everything, select_device, set_matmul_precision, versions
 from vistune.errors import DeviceError
 
 
@@ -35,3 +35,22 @@ def test_versions_name_the_packages_that_decide_results():
     found = versions()
     assert found["torch"] == torch.__version__
     assert {"python", "transformers", "tokenizers", "vistune"} <= set(found)
+
+
+@pytest.mark.parametrize(("precision", "in_16_bit"), [("highest", False), ("high", True)])
+def test_parts_of_products_are_added_in_fp32_at_the_highest_precision(precision, in_16_bit):
+    products = torch.backends.cuda.matmul
+    before = (
+        torch.get_float32_matmul_precision(),
+        products.allow_bf16_reduced_precision_reduction,
+        products.allow_fp16_reduced_precision_reduction,
+    )
+    try:
+        set_matmul_precision(precision)
+        assert torch.get_float32_matmul_precision() == precision
+        assert products.allow_bf16_reduced_precision_reduction is in_16_bit
+        assert products.allow_fp16_reduced_precision_reduction is in_16_bit
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        products.allow_bf16_reduced_precision_reduction = before[1]
+        products.allow_fp16_reduced_precision_reduction = before[2]

@@ -25,7 +25,13 @@ from vistune.checkpoint.files import INHERITED_NAME, write_errors_explained
 from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
 from vistune.checkpoint.load import read_weights
 from vistune.checkpoint.manifest import Manifest, read_manifest
-from vistune.device import Device, seed_everything, select_device, versions
+from vistune.device import (
+    Device,
+    seed_everything,
+    select_device,
+    set_matmul_precision,
+    versions,
+)
 from vistune.device.launch import Launch, launched
 from vistune.device.peak import measure_matmul_tflops
 from vistune.errors import DeviceError
@@ -140,7 +146,7 @@ def _device(recipe: Recipe, console: Console) -> Device:
     device = select_device(recipe.device, recipe.dtype)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    torch.set_float32_matmul_precision(recipe.train.matmul_precision)
+    set_matmul_precision(recipe.train.matmul_precision)
     console.print(f"device: {device.name} ({device.kind}, {str(device.dtype).split('.')[-1]})")
     if device.note:
         console.print(f"[yellow]note:[/] {device.note}")
