@@ -106,7 +106,7 @@ def set_matmul_precision(precision: Literal["highest", "high", "medium"]) -> Non
     noise; `highest` has them added in fp32.
 
     Args:
-        precision: `highest`, or what fp32 products may be rounded to (`high`: TF32, `medium`: bf16).
+        precision: `highest`, or what fp32 products may use (`high`: TF32, `medium`: bf16).
     """
     torch.set_float32_matmul_precision(precision)
     products = torch.backends.cuda.matmul

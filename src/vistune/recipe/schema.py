@@ -338,10 +338,10 @@ class TrainConfig(Section):
     `batch.max_tokens` by a sample without loss. Slower in the first steps by minutes; whether it
     pays at all is in bench/README.md."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Arithmetic inside matrix products. `highest` is fp32 throughout, also where the parts of a long
-    16-bit product are added; `high` and `medium` let torch add these in 16 bits and take TF32 or
-    bf16 for fp32 products where the device has them, and another library's fp32 kernels where it
-    has not, which can be faster by themselves."""
+    """Arithmetic inside matrix products. `highest` is fp32 throughout, also where the parts of a
+    long 16-bit product are added; `high` and `medium` let torch add these in 16 bits and take TF32
+    or bf16 for fp32 products where the device has them, and another library's fp32 kernels where
+    it has not, which can be faster by themselves."""
     threads: PositiveInt | None = None
     """CPU threads for arithmetic; torch's own choice when left out."""
 
