@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vistune.checkpoint.files import INHERITED_NAME
+from vistune.checkpoint.fingerprint import require_same_parts
 from vistune.checkpoint.layouts import (
     Partial,
     describe_directory,
@@ -362,8 +363,13 @@ def lay_over(model: WholeModel, checkpoint: Path) -> Manifest:
 
     Returns:
         The checkpoint's manifest.
+
+    Raises:
+        CheckpointError: What it stands on was changed since the run started, or does not fit.
     """
     manifest = read_manifest(checkpoint)
+    if manifest.parts is not None:  # trained weights on another base would answer, and wrongly
+        require_same_parts(manifest.part_fingerprints, manifest.parts, where=checkpoint)
     inherited = checkpoint / INHERITED_NAME
     if inherited.is_file():
         load_weights(model, read_weights(checkpoint, INHERITED_NAME), where=inherited)

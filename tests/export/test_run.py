@@ -12,6 +12,7 @@ from tiny_parts import encoder, packed_logits, parts, row
 
 from vistune._version import __version__
 from vistune.assembly import load_assembled
+from vistune.checkpoint.fingerprint import fingerprint_parts
 from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.checkpoint.save import CheckpointContent, save_checkpoint
@@ -53,6 +54,7 @@ def checkpoint(
             vistune_version=__version__,
             kind="checkpoint",
             parts=config,
+            part_fingerprints=fingerprint_parts(config),
             tune=TUNE,
             seed=5,
             encoder=encoder(facts).to_state(),
@@ -114,3 +116,25 @@ def test_format_of_the_weights(shelf: Path, tmp_path: Path) -> None:
     export_model(tmp_path / "step_3", to="hf", output=tmp_path / "half", dtype=torch.bfloat16)
     state = load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("file", "role"), [("model.safetensors", "language"), ("tokenizer.json", "tokenizer")]
+)
+def test_a_base_that_was_changed_since_does_not_answer(
+    tmp_path: Path, file: str, role: str
+) -> None:
+    checkpoint(tmp_path / "parts", tmp_path / "step_3")
+    language = read_manifest(tmp_path / "step_3").parts
+    assert language is not None and language.language_model is not None
+    changed = Path(language.language_model.path) / file
+    before = changed.read_bytes()
+    load_assembled(tmp_path / "step_3")
+    if file == "tokenizer.json":  # still one that loads
+        changed.write_bytes(before + b"\n")
+    else:
+        changed.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+    with pytest.raises(CheckpointError, match=f"files of .*{role}.* were changed"):
+        export_model(tmp_path / "step_3", to="vistune", output=tmp_path / "out")
+    changed.write_bytes(before)
+    load_assembled(tmp_path / "step_3")

@@ -1,4 +1,4 @@
-"""Tells whether a part's weight files are still the ones a run was started from.
+"""Tells whether a part's weights and tokenizer are still the ones a run was started from.
 
 Not a checksum of every byte: that would read a large model from end to end at every start. Sizes
 and evenly spread samples of every file are digested, which any retraining or conversion changes.
@@ -7,19 +7,30 @@ and evenly spread samples of every file are digested, which any retraining or co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vistune.errors import CheckpointError
 from vistune.recipe import ModelConfig
 
 _SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "ice_text.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 _SAMPLE_BYTES = 1 << 14
 _SAMPLES = 64
 
 
 def fingerprint_parts(parts: ModelConfig) -> dict[str, str]:
-    """Returns a digest of the weight files of each part that is a local directory, by role."""
+    """Returns a digest of the weight files of each part that is a local directory, by role.
+
+    The files of the tokenizer, which ids a run's weights were trained on, are a role of their own.
+    """
     paths = {
         "vision": parts.vision_tower.path if parts.vision_tower else None,
         "language": parts.language_model.path if parts.language_model else None,
@@ -31,19 +42,30 @@ def fingerprint_parts(parts: ModelConfig) -> dict[str, str]:
         "vision base": parts.bases.vision_tower,
         "language base": parts.bases.language_model,
     }
-    return {
-        role: fingerprint(Path(path))
-        for role, path in paths.items()
-        if path is not None and Path(path).exists()
-    }
+    there = {r: Path(p).expanduser() for r, p in paths.items() if p is not None}
+    found = {role: fingerprint(path) for role, path in there.items() if path.exists()}
+    # As the tokenizer is looked for: beside the language model, else with the whole model.
+    speaks = [there[role] for role in ("language", "model", "language base") if role in there]
+    files = _tokenizer_files(speaks[0]) if speaks else []
+    if files:
+        found["tokenizer"] = _digest(files)
+    return found
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def fingerprint(place: Path) -> str:
     """Returns a digest of a weight file, or of those in a directory and right below it."""
-    digest = hashlib.sha256()
     # SwissArmyTransformer keeps its weights one folder down.
     found = [place] if place.is_file() else [*place.iterdir(), *place.glob("*/mp_rank_*.pt")]
-    for path in sorted(p for p in found if p.suffix in _SUFFIXES):
+    return _digest(sorted(p for p in found if p.suffix in _SUFFIXES))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
@@ -55,7 +77,7 @@ def fingerprint(place: Path) -> str:
 
 
 def require_same_parts(recorded: Mapping[str, str], parts: ModelConfig, *, where: Path) -> None:
-    """Refuses parts whose weight files have changed.
+    """Refuses parts whose weight files, or whose tokenizer's, have changed.
 
     Args:
         recorded: Digests when the run started.
@@ -69,7 +91,7 @@ def require_same_parts(recorded: Mapping[str, str], parts: ModelConfig, *, where
     changed = sorted(role for role, digest in now.items() if recorded.get(role, digest) != digest)
     if changed:
         raise CheckpointError(
-            f"the weight files of {' and '.join(changed)} were changed since the run started",
+            f"the files of {' and '.join(changed)} were changed since the run started",
             where=str(where),
             expected="the files the trained weights were trained on",
             fix="bring the original files back",
