@@ -103,3 +103,13 @@ def test_a_family_is_planned_from_its_directory(tree, tmp_path, kind):
     made = make_plan(Recipe.model_validate(tree), device="a100-40")
     assert made.fits and made.settled.max_tokens > 2048
     assert made.prediction.activations > 0 and made.prediction.tower > 0
+
+
+@pytest.mark.parametrize("mode", ["freeze", "lora", "full"])
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_whatever_trains_has_a_time(tree, mode, fused):
+    tree["tune"] = {"language": {"mode": mode}}
+    tree["train"]["fused"] = fused
+    made = make_plan(Recipe.model_validate(tree), device="h200")
+    assert made.room.memory.fused == (fused == "auto")
+    assert made.row_seconds is not None and made.row_seconds >= made.row_tflop / 790

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REACHED_FRAC = {
     ("fused", "freeze"): 0.74,
     ("fused", "lora"): 0.65,
+    ("fused", "full"): 0.69,
     ("fp8", "freeze"): 1.15,
     ("fp8", "lora"): 0.90,
 }
