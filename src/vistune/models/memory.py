@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,10 @@ from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
 from vistune.models.fused.trunk import why_not_fusable
 from vistune.models.kept import kept_slope, peak_slope
+from vistune.models.layer_memory import LayerBytes, counted_bytes, fused_bytes
 from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.offload import IN_FLIGHT
-from vistune.models.probes import (
-    PlannedModel,
-    attention_bytes,
-    decoder_probe,
-    family_skeleton,
-    image_probe,
-    repeated_bytes,
-)
+from vistune.models.probes import PlannedModel, family_skeleton, image_probe
 from vistune.models.recompute import decoder_layers, set_checkpoint_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
@@ -52,8 +46,6 @@ from vistune.types import ROLES, RoleName
 WORKSPACE_BYTES = 96 * 2**20
 """Scratch memory of matrix libraries, held in the same pool."""
 _LOGIT_BYTES = 12  # log-probabilities, their gradient and the logits' gradient, fp32 each
-_PROBE_TOKENS = (64, 128)
-_PEAK_TOKENS = (2048, 4096)
 _PROBE_IMAGES = (1, 2)
 
 
@@ -86,21 +78,6 @@ class RoleBytes:
     optimizer: int = 0
     casts: int = 0
     """16-bit copies of trained fp32 weights, made in the forward pass."""
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Bytes of one decoder layer for each token of a row.
-
-    Args:
-        kept: Kept for the backward pass.
-        kept_recomputed: Kept when the layer is computed again.
-        backward: Made while its backward pass runs.
-    """
-
-    kept: float
-    kept_recomputed: float
-    backward: float
 
 
 @dataclass(frozen=True)
@@ -250,9 +227,9 @@ def memory_model(
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype, fused=fused)
     if fused:
-        decoder_bytes = _fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
+        decoder_bytes = fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
     else:
-        decoder_bytes = _counted_bytes(model, layers, tune=tune, dtype=dtype)
+        decoder_bytes = counted_bytes(model, layers, tune=tune, dtype=dtype)
     image_kept, image_passing = _image_bytes(model, dtype=dtype)
     if train.checkpoint_tower_layers:
         set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
@@ -392,92 +369,6 @@ def frozen_bytes(weight: Tensor, frozen_format: Literal["same", "fp8", "int8", "
         # Half a byte each; a scale byte per 64, whose own scale is 4 bytes per 256 of them.
         return count // 2 + count // 64 + 4 * -(-count // (64 * 256))
     return count * weight.element_size()
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    layer: LayerBytes
-    tail_kept: float
-    tail_kept_target: float
-    row: float
-
-
-def _fused_bytes(
-    config: Any, layer: nn.Module, *, tune: TuneConfig, dtype: torch.dtype
-) -> _Decoder:
-    """What `models.fused` keeps; names as in its `_Saved`."""
-    b = dtype.itemsize
-    width, inner = int(config.hidden_size), int(config.intermediate_size)
-    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-    head_width = int(getattr(config, "head_dim", None) or width // heads)
-    query, key_value = heads * head_width, 2 * kv_heads * head_width
-    ranks = sum(
-        int(part.weight.shape[0])
-        for name, part in layer.named_modules()
-        if isinstance(part, nn.Linear) and ".lora_A" in name
-    )
-    rstd, lse = 4, 4 * heads
-    queries_padded, keys_padded = _padded_bytes(head_width, heads, kv_heads, dtype=dtype)
-    repeated = repeated_bytes(config, dtype=dtype)
-    mlp = b * (width + 2 * inner) + rstd  # h, gate_up
-    names = {name for name, _ in layer.named_children()}
-    sandwich = 2 * (b * width + 4) if "post_feedforward_layernorm" in names else 0
-    raw = b * (query + key_value) if hasattr(layer.self_attn, "q_norm") else 0
-    # x, q k v, attended; heads before their norms, results before theirs; and key heads once for
-    # each query head where the kernel wants them so
-    kept = b * (width + 2 * query + key_value + ranks) + repeated + rstd + lse + mlp
-    kept += sandwich + raw + queries_padded + keys_padded
-    full = tune.language.mode == "full"
-    fp8 = tune.language.mode != "full" and tune.language.frozen_format == "fp8"
-    # Backward through the MLP: gradient of the output, of the active inner values, and where they
-    # are wanted, those values again and the FP8 form of the gradient of gate and up.
-    through_mlp = b * (width + inner + (inner if ranks or full else 0)) + (2 * inner if fp8 else 0)
-    # Through attention: three gradients of the row's width, those of q, k, v, and the flash
-    # kernel's fp32 sums for q.
-    through_attention = b * (3 * width + query + key_value) + repeated + 4 * query + 2 * lse
-    return _Decoder(
-        layer=LayerBytes(kept, b * width, max(through_mlp, through_attention)),
-        tail_kept=b * (width + key_value) + repeated + rstd + keys_padded,
-        tail_kept_target=b * (width + 2 * query + ranks) + rstd + lse + mlp + queries_padded,
-        # ids and positions (8 each), cos and sin (as wide as the embeddings' numbers), the mask of
-        # image tokens and their places
-        row=16 + 2 * head_width * (4 if full else b) + 9,
-    )
-
-
-def _padded_bytes(
-    head_width: int, heads: int, kv_heads: int, *, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Bytes for each token of heads copied to a width the kernel takes, a multiple of 8.
-
-    Returns:
-        Of queries and results, and of keys and values; none where the width is one already.
-    """
-    if head_width % 8 == 0 or dtype is torch.float32:
-        return 0, 0
-    each = 2 * dtype.itemsize * (head_width + -head_width % 8)
-    return each * heads, each * kv_heads
-
-
-def _counted_bytes(
-    model: PlannedModel, layers: Sequence[nn.Module], *, tune: TuneConfig, dtype: torch.dtype
-) -> _Decoder:
-    """Counts what autograd keeps of the decoder as it was written, and makes on its way back."""
-    width = _width(model)
-    model.train()
-    below = tune.connector.mode == "full" or tune.vision.mode != "freeze"
-    stream = torch.float32 if tune.language.mode == "full" else dtype
-    run = decoder_probe(model, stream=stream, below=below)
-    kept = kept_slope(model, run, dtype=dtype, at=_PROBE_TOKENS)
-    most = peak_slope(model, run, dtype=dtype, at=_PEAK_TOKENS)
-    each = kept / len(layers) + attention_bytes(model, dtype=dtype)
-    wide = stream.itemsize
-    return _Decoder(
-        layer=LayerBytes(each, wide * width, max(0.0, most - kept)),
-        tail_kept=each,
-        tail_kept_target=0.0,
-        row=16 + 9 + wide * width,
-    )
 
 
 def _width(model: PlannedModel) -> int:
