@@ -12,6 +12,7 @@ from vistune.errors import DeviceError, ModelError
 from vistune.models import kernels
 from vistune.models.kernels import LigerOps, install_kernels
 from vistune.models.tune import apply_tuning
+from vistune.models.tune.quantize import quantize_frozen
 from vistune.recipe import TuneConfig
 
 gpu = pytest.mark.gpu
@@ -97,6 +98,25 @@ def test_a_kernel_that_gives_other_numbers_stays_out(tmp_path: Path) -> None:
     assert done.reason == "2 LlamaMLP; as they are: 5 LlamaRMSNorm"
     norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
     assert len(norms) == 5
+
+
+def test_weights_held_in_bits_are_no_numbers_to_try_a_kernel_in(tmp_path: Path) -> None:
+    """A frozen language model in 8 bits has gates without a single floating-point parameter."""
+    pytest.importorskip("bitsandbytes")
+    model, facts = composed(tmp_path)
+    frozen = {"mode": "freeze", "frozen_format": "int8"}
+    tune = {"connector": {"mode": "full"}, "language": frozen}
+    apply_tuning(model, TuneConfig.model_validate(tune), seed=0)
+    quantize_frozen(model, "language", "int8", dtype=torch.float32, device=CPU)
+    expected = torch.cat(packed_logits(model, row(facts)))
+    ops = TorchOps()
+    done = install_kernels(model, wanted="auto", fused=False, device=CPU, ops=ops)
+    assert str(done) == "kernels: liger (2 LlamaMLP, 5 LlamaRMSNorm)"
+    ops.calls.clear()
+    # The same arithmetic around products of 8 bits: a number may round to the step beside it.
+    found = torch.cat(packed_logits(model, row(facts)))
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    assert ops.calls == {"llama": 5, "silu": 2}
 
 
 def test_only_the_language_model_is_touched(tmp_path: Path) -> None:

@@ -275,10 +275,11 @@ def _eps_of(norm: Any) -> float:
 @torch.no_grad()
 def _agrees(original: nn.Module, made: nn.Module) -> bool:
     """Whether a replacement gives the original's numbers on drawn input."""
-    weight = next(p for p in original.parameters() if p.is_floating_point())
-    norm = _is_norm(original)
-    width = weight.shape[0] if norm else _in_features(original)
-    dtype = weight.dtype if weight.dtype in _TOLERANCE else torch.bfloat16
+    weight = next(original.parameters())
+    width = weight.shape[0] if _is_norm(original) else _in_features(original)
+    # Weights held in 8 or 4 bits are no numbers to compute in: there may be none but them.
+    formats = [p.dtype for p in original.parameters() if p.dtype in _TOLERANCE]
+    dtype = formats[0] if formats else torch.bfloat16
     # A generator of its own: a run's randomness must not depend on what is tried out.
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(8, width, generator=drawn).to(weight.device, dtype)
