@@ -48,5 +48,7 @@ def test_padding_for_nothing_is_refused(tmp_path: Path) -> None:
     model, _ = composed(tmp_path)
     with pytest.raises(ModelError, match="run fused"):
         compile_blocks(model, mode="static_blocks", fused=True)
+    with pytest.raises(ModelError, match="own attention does not take"):
+        compile_blocks(model, mode="static_blocks", fused=False, attention="own")
     with pytest.raises(ModelError, match="compiled by itself"):
         compile_blocks(model, mode="blocks", fused=False, attention="flex")

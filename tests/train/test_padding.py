@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,3 +53,10 @@ def test_a_run_counts_what_it_fills_up_as_padding(tmp_path: Any) -> None:
     run(resolved_recipe(tmp_path / "r", train=train, batch={"samples": 3, "max_tokens": 40}))
     first = json.loads((tmp_path / "r" / "metrics.jsonl").open().readline())
     assert first["tokens"] == 20 and first["padding_frac"] == 1 - 20 / 80
+
+
+def test_a_prompt_read_both_ways_has_a_length_in_every_sample() -> None:
+    row = replace(make_row((7, 4), seed=0), prompt_lengths=(3, 2))
+    filled = padded(row, 20)
+    assert filled.prompt_lengths == (3, 2, 9)
+    assert len(filled.prompt_lengths) == filled.cu_seqlens.shape[0] - 1

@@ -27,7 +27,8 @@ def compile_blocks(
         model: On its device, ready to train.
         mode: `train.compile` of the recipe.
         fused: Whether the decoder's layers run fused: they are functions of their own then.
-        attention: Name of the decoder's attention; it was registered as opaque.
+        attention: Name of the decoder's attention, registered as opaque; `own` for a model that
+            brings its own.
         backend: Torch's compiler backend.
 
     Returns:
@@ -41,6 +42,13 @@ def compile_blocks(
             "static_blocks pads rows for decoder layers that are compiled, and these run fused",
             where="train.compile",
             fix="set train.compile=blocks for the tower alone, or train.fused=off",
+        )
+    if attention == "own" and mode == "static_blocks":
+        raise ModelError(
+            "static_blocks pads rows by a sample of nothing, which this model's own attention"
+            " does not take",
+            where="train.compile",
+            fix="set train.compile=blocks, or false",
         )
     if not fused and attention == "flex":
         raise ModelError(

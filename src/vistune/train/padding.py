@@ -27,8 +27,11 @@ def padded(row: Batch, num_tokens: int) -> Batch:
     places = places.expand(*row.position_ids_BT.shape[:-1], -1)
     ids = torch.zeros(1, missing, dtype=row.input_ids_BT.dtype, device=device)
     end = torch.tensor([num_tokens], dtype=row.cu_seqlens.dtype, device=device)
+    # All of it counts as its prompt, where a model reads prompts both ways.
+    prompts = (*row.prompt_lengths, missing) if row.prompt_lengths else ()
     return replace(
         row,
+        prompt_lengths=prompts,
         input_ids_BT=torch.cat([row.input_ids_BT, ids], dim=-1),
         position_ids_BT=torch.cat([row.position_ids_BT, places], dim=-1),
         cu_seqlens=torch.cat([row.cu_seqlens, end]),
