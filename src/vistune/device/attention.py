@@ -101,9 +101,9 @@ def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeed
     """
     if name == "sdpa":
         return None
-    at_home = {"npu": ("npu",), "flex": ("cuda",)}.get(name, ("cuda",))
-    if support.kind not in at_home:
-        return f"it trains on {' and '.join(at_home)} only, the device is {support.kind}"
+    at_home = "npu" if name == "npu" else "cuda"
+    if support.kind != at_home:
+        return f"it trains on {at_home} only, the device is {support.kind}"
     if name == "npu" and not support.npu:
         return "torch_npu is not installed"
     if name == "cudnn":

@@ -106,11 +106,13 @@ def _offload(recipe: Recipe, device: Device) -> str:
     """Says what waits in the host's memory; empty when nothing does."""
     train = recipe.train
     waiting = []
-    if train.offload.activations:
+    if train.offload.activations and train.checkpoint_layers:
         waiting.append(f"inputs of {train.checkpoint_layers} recomputed layers")
     if train.offload.optimizer:
         waiting.append("optimizer state")
     if not waiting:
-        return ""
+        # `auto` found that nothing need be recomputed; a fixed number of 0 is refused before.
+        asked = train.offload.activations
+        return "in the host's memory: nothing, as no layer is recomputed" if asked else ""
     where = " (which is the device's: nothing is gained)" if device.kind == "cpu" else ""
     return f"in the host's memory{where}: {', '.join(waiting)}"

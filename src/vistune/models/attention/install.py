@@ -165,13 +165,17 @@ def _install_patches(
     configs: list[Any], wanted: BackendName, support: AttentionSupport, dtype: torch.dtype
 ) -> AttentionChoice:
     needs = _needs(configs, dtype, drops_weights=True)
-    name: Literal["sdpa", "varlen", "flash_attn"] = "sdpa"
     # The other kernels are for causal rows, or have nothing to add.
-    for other in ("flash_attn",) if wanted == "flash_attn" else ("varlen",):
-        if wanted != "sdpa" and why_not(other, support, needs) is None:
-            name = other
+    best: Literal["varlen", "flash_attn"] = "flash_attn" if wanted == "flash_attn" else "varlen"
+    obstacle = why_not(best, support, needs)
+    name: Literal["sdpa", "varlen", "flash_attn"] = best
+    if wanted == "sdpa" or obstacle is not None:
+        name = "sdpa"
     # `auto` looks at every call: a head of another width than the config says is no error.
     registered = register_patch_attention("auto" if name == "varlen" else name)
     for config in configs:
         config._attn_implementation = registered
-    return AttentionChoice(name, "images of any size end to end")
+    reason = "images of any size end to end"
+    if wanted == best and obstacle is not None:
+        reason += f"; not {best}: {obstacle}"
+    return AttentionChoice(name, reason)
