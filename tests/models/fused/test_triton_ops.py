@@ -117,6 +117,21 @@ def test_rotary_positions_there_and_back(ops, width):
     close(joined, torch_ops.join_rotated(q.float(), k.float(), v.float(), cos, sin), BF16)
 
 
+@pytest.mark.parametrize("width", [128, 80, 24])
+def test_keys_get_their_bias_as_they_are_turned(ops, width):
+    states, bias = draw(ROWS, 12, width), 300 * draw(3, width, seed=1)
+    angles = 1e-3 * torch.rand(ROWS, width // 2, device="cuda")
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+    turned, expected = states.clone(), states.clone().float()
+    for one, kernels in ((turned, ops), (expected, torch_ops)):
+        kernels.rotate_(one, cos, sin, num_heads=9, inverse=False, key_bias_HK=bias)
+    close(turned, expected, BF16)
+    # Without the quick half's bias nothing large is left to hide an error behind.
+    slow = torch.arange(width, device="cuda") % (width // 2) >= width // 4
+    close(turned[..., slow], expected[..., slow], BF16)
+    assert torch.equal(turned[:, 9:], states[:, 9:])
+
+
 def test_rows_in_fp8(ops):
     x, scale = draw(ROWS, WIDTH), torch.rand(WIDTH, device="cuda")
     for column_scale in (None, scale):

@@ -144,6 +144,27 @@ def test_trained_weights_in_bf16_arithmetic_are_as_near_to_fp32_as_transformers_
             assert error(found, expected) <= 0.03
 
 
+def test_a_large_key_bias_costs_no_precision():
+    """Qwen2.5's first layer has key biases of up to 354, where heads turn slowest."""
+    model = build("qwen2", "frozen")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            linear.weight.data.mul_(8)  # so that what is attended to makes a difference
+        attention.k_proj.bias.data.view(2, 2, 8)[..., 6:] += 300 * torch.randn(2, 2, 2)
+    model.model.rotary_emb.inv_freq[6:] = 1e-5
+    model = model.bfloat16().float()
+    _, exact, _ = three_ways(model, fuse(model.model, device=torch.device("cpu")))
+    half = model.bfloat16()
+    half.model.rotary_emb.float()
+    trunk = fuse(half.model, device=torch.device("cpu"))
+    theirs, *ours = three_ways(half, trunk, dtype=torch.bfloat16)
+    for found in ours:
+        # A few roundings to 2^-9; transformers' layers round keys of 300 to steps of 2.
+        assert error(found[0], exact[0]) <= 0.02 < 0.05 < error(theirs[0], exact[0])
+        assert error(found[1], exact[1]) <= 0.04 < 0.1 < error(theirs[1], exact[1])
+
+
 def test_gradients_of_several_rows_add_up():
     model = build("llama", "full")
     trunk = fuse(model.model, device=torch.device("cpu"))

@@ -142,6 +142,13 @@ class FusedLayer:
         """Numbers of query heads and of key heads."""
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
 
+    def key_bias(self) -> Tensor | None:
+        """Returns the bias that keys get as they are turned, [key heads, head width]."""
+        if self.qkv.bias_O is None or self.qkv.held_back is None:
+            return None
+        start, stop = self.qkv.held_back
+        return self.qkv.bias_O[start:stop].view(self.num_kv_heads, self.head_width)
+
     def parameters(self) -> list[Tensor]:
         """Returns what trains, in the order the backward pass gives gradients."""
         return [*self.attention_parameters(self.qkv), *self.mlp_parameters()]
@@ -320,7 +327,7 @@ def _forward(
     raw = qkv.view(qkv.shape[0], -1, layer.head_width)
     heads = normed_heads(layer.head_norms, raw, ops, **layer.heads)
     turned = layer.num_heads + layer.num_kv_heads
-    ops.rotate_(heads, cos, sin, num_heads=turned, inverse=False)
+    ops.rotate_(heads, cos, sin, num_heads=turned, inverse=False, key_bias_HK=layer.key_bias())
     sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
     q, k, v = (t.detach().requires_grad_() for t in torch.split(heads, sizes, dim=1))
     with torch.enable_grad():

@@ -87,22 +87,29 @@ def fused_layer(module: Any, config: Any, index: int) -> FusedLayer:
     kind = _KINDS[type(module).__name__]
     attention, mlp = module.self_attn, module.mlp
     width = attention.head_dim
+    qkv = _project(attention.q_proj, attention.k_proj, attention.v_proj)
+    num_heads = base_of(attention.q_proj).out_features // width
+    num_kv_heads = base_of(attention.k_proj).out_features // width
+    head_norms, scoring = _head_norms(attention, kind), _scoring(attention, config, index)
+    # What all keys share may leave them only if nothing bends keys or scores after it is added.
+    if qkv.bias_O is not None and head_norms is None and scoring.softcap is None:
+        qkv.held_back = (num_heads * width, (num_heads + num_kv_heads) * width)
     before_mlp = module.pre_feedforward_layernorm if kind.sandwich else None
     return FusedLayer(
-        qkv=_project(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=qkv,
         out=_project(attention.o_proj),
         gate_up=_project(mlp.gate_proj, mlp.up_proj),
         down=_project(mlp.down_proj),
         norm1=_norm(module.input_layernorm, kind),
         norm2=_norm(before_mlp or module.post_attention_layernorm, kind),
         activation=_activation(mlp),
-        num_heads=base_of(attention.q_proj).out_features // width,
-        num_kv_heads=base_of(attention.k_proj).out_features // width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_width=width,
-        head_norms=_head_norms(attention, kind),
+        head_norms=head_norms,
         post1=_norm(module.post_attention_layernorm, kind) if kind.sandwich else None,
         post2=_norm(module.post_feedforward_layernorm, kind) if kind.sandwich else None,
-        scoring=_scoring(attention, config, index),
+        scoring=scoring,
     )
 
 

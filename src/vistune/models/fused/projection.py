@@ -63,6 +63,7 @@ class Projection:
         adapters: In output order, not overlapping.
         weights: What of the weight trains, in output order: all of it or nothing.
         biases: What of the bias trains: all of it or nothing.
+        held_back: First output row, and one past the last, whose bias the caller adds.
     """
 
     weight_OI: Tensor | None
@@ -70,6 +71,7 @@ class Projection:
     adapters: Sequence[Adapter] = ()
     weights: Sequence[Trained] = ()
     biases: Sequence[Trained] = ()
+    held_back: tuple[int, int] | None = None
     fp8_OI: Tensor | None = field(default=None, init=False)
     fp8_IO: Tensor | None = field(default=None, init=False)
     scale_O: Tensor | None = field(default=None, init=False)
@@ -133,6 +135,9 @@ class Projection:
             )
             half = Projection(weight, bias, adapters, weights, biases)
             half.dtype, half.ones_I = self.dtype, self.ones_I
+            if self.held_back is not None and start <= self.held_back[0] < stop:
+                assert self.held_back[1] <= stop
+                half.held_back = (self.held_back[0] - start, self.held_back[1] - start)
             if self.fp8_OI is not None and self.fp8_IO is not None and self.scale_O is not None:
                 half.fp8_OI, half.scale_O = self.fp8_OI[start:stop], self.scale_O[start:stop]
                 half.fp8_IO = self.fp8_IO[:, start:stop].contiguous()
@@ -224,7 +229,15 @@ class Projection:
         return self.weight_OI.to(dtype)
 
     def _biased(self, y: Tensor) -> Tensor:
-        return y if self.bias_O is None else y.add_(self.bias_O)
+        bias_O = self._added_bias()
+        return y if bias_O is None else y.add_(bias_O)
+
+    def _added_bias(self) -> Tensor | None:
+        if self.bias_O is None or self.held_back is None:
+            return self.bias_O
+        start, stop = self.held_back
+        zeros = self.bias_O.new_zeros(stop - start)
+        return torch.cat([self.bias_O[:start], zeros, self.bias_O[stop:]])
 
     def _product(self, x: Operand, ops: ModuleType, residual_TO: Tensor | None) -> Tensor:
         if self.weight_OI is None:
@@ -240,7 +253,7 @@ class Projection:
         weight = self._weight(x_TI.dtype)
         if residual_TO is not None:
             return self._biased(torch.addmm(residual_TO, x_TI, weight.t()))
-        bias = self.bias_O
+        bias = self._added_bias()
         return F.linear(x_TI, weight, None if bias is None else bias.to(x_TI.dtype))
 
     def input_gradient(self, grad: Operand, ops: ModuleType) -> Tensor:

@@ -178,9 +178,21 @@ def head_norm_backward_(
 
 
 def rotate_(
-    states_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, num_heads: int, inverse: bool
+    states_THK: Tensor,
+    cos_TK: Tensor,
+    sin_TK: Tensor,
+    *,
+    num_heads: int,
+    inverse: bool,
+    key_bias_HK: Tensor | None = None,
 ) -> None:
     """Applies rotary positions in place to the first `num_heads` heads.
+
+    A key bias can be a thousand times what tells keys apart (Qwen2.5: 354), and sits where heads
+    turn slowly: rounded to bf16 with it, keys lose what tells them apart. So it is added here, in
+    fp32, and its part in the slower half of the frequencies less what it is at position 0. That
+    takes the same vector from all keys of a head, which moves all scores of a query alike and so no
+    attention weight.
 
     Args:
         states_THK: [T, heads, head width]; halves are rotated against each other (NeoX style).
@@ -188,14 +200,23 @@ def rotate_(
         sin_TK: [T, head width]; both halves equal.
         num_heads: Query and key heads; value heads behind them stay.
         inverse: True for the gradient.
+        key_bias_HK: Bias not yet in the last of these heads, [key heads, head width].
     """
     half = states_THK.shape[-1] // 2
     turned = states_THK[:, :num_heads]
     cos, sin = cos_TK[:, None, :half], sin_TK[:, None, :half]
     sin = -sin if inverse else sin
     first, second = turned[..., :half].clone(), turned[..., half:].clone()
-    turned[..., :half] = first * cos - second * sin
-    turned[..., half:] = second * cos + first * sin
+    if key_bias_HK is None:
+        turned[..., :half] = first * cos - second * sin
+        turned[..., half:] = second * cos + first * sin
+        return
+    bias_THK = states_THK.new_zeros(1, num_heads, 2 * half, dtype=torch.float32)
+    bias_THK[:, num_heads - key_bias_HK.shape[0] :] = key_bias_HK.float()
+    b, d = bias_THK.chunk(2, dim=-1)
+    less = (torch.arange(half, device=cos.device) >= half // 2).float()
+    turned[..., :half] = first.float() * cos - second.float() * sin + b * (cos - less) - d * sin
+    turned[..., half:] = second.float() * cos + first.float() * sin + d * (cos - less) + b * sin
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -146,8 +146,8 @@ def _head_norm_backward_kernel(
 
 @triton.jit
 def _rotate_kernel(
-    states, cos, sin, stride_t, stride_cos,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, INVERSE: tl.constexpr,
+    states, cos, sin, bias, stride_t, stride_cos,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, BIASED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -163,8 +163,20 @@ def _rotate_kernel(
         mask = (heads[:, None] < HEADS) & inside[None, :]
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(at + WIDTH // 2, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, a * c - b * s, mask=mask)
-        tl.store(at + WIDTH // 2, b * c + a * s, mask=mask)
+        first = a * c - b * s
+        second = b * c + a * s
+        if BIASED > 0:
+            # The last BIASED heads; in the slower half of the frequencies less position 0's.
+            number = heads[:, None] - (HEADS - BIASED)
+            known = mask & (number >= 0)
+            of = bias + number * WIDTH + half[None, :]
+            a = tl.load(of, mask=known, other=0.0).to(tl.float32)
+            b = tl.load(of + WIDTH // 2, mask=known, other=0.0).to(tl.float32)
+            less = c - tl.where(half >= WIDTH // 4, 1.0, 0.0)[None, :]
+            first += a * less - b * s
+            second += b * less + a * s
+        tl.store(at, first, mask=mask)
+        tl.store(at + WIDTH // 2, second, mask=mask)
 
 
 @triton.jit
@@ -401,13 +413,15 @@ def head_norm_backward_(
 
 
 def rotate_(
-    states_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, num_heads: int, inverse: bool
-) -> None:
+    states_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, num_heads: int, inverse: bool,
+    key_bias_HK: Tensor | None = None,
+) -> None:  # fmt: skip
     """See `torch_ops.rotate_`."""
     rows, _, width = states_THK.shape
     _rotate_kernel[(rows,)](
-        states_THK, cos_TK, sin_TK, states_THK.stride(0), cos_TK.stride(0),
-        WIDTH=width, HEADS=num_heads, INVERSE=inverse, BLOCK_H=16,
+        states_THK, cos_TK, sin_TK, cos_TK if key_bias_HK is None else key_bias_HK,
+        states_THK.stride(0), cos_TK.stride(0), WIDTH=width, HEADS=num_heads,
+        BIASED=0 if key_bias_HK is None else key_bias_HK.shape[0], INVERSE=inverse, BLOCK_H=16,
         BLOCK_W=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
 

@@ -103,7 +103,8 @@ class FusedTrunk:
         for layer in self.layers:
             for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 assert projection.holds_parameters, "moved or loaded anew after it was fused"
-        cos, sin = self.rotary(embeds_BTD, position_ids_BT)
+        # In fp32 whatever the stream's format: slow turns of large keys are lost in bf16 tables.
+        cos, sin = self.rotary(embeds_BTD[..., :1].float(), position_ids_BT)
         kind = embeds_BTD.device.type
         if torch.is_autocast_enabled(kind):
             # A trained embedding table is fp32; the stream between layers has their own format.
