@@ -348,3 +348,16 @@ def test_a_fused_full_run_resumes_where_it_was(tiny, tmp_path):
     train(parts, resume=True, console=QUIET)
     whole, again = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert again[-3:] == whole[-3:]
+    provenance = tmp_path / "parts" / "provenance.jsonl"
+    text = provenance.read_text()
+    own, other = (f'"name": "{name}", "reason": "one call' for name in ("sdpa", "flex"))
+    assert text.count(own) == 2
+    for before, notes in ((text, 0), (text.replace(own, other), 1)):
+        provenance.write_text(before + '{"engine": {"atten')  # a line that a kill cut short
+        console = Console(file=io.StringIO(), record=True, width=300)
+        train(parts, resume=True, console=console)
+        said = console.export_text()
+        assert said.count("numbers may differ by rounding") == notes
+        assert said.count("attention of the language model: flex -> sdpa") == notes
+        *_, built = provenance.read_text().splitlines()
+        assert json.loads(built)["engine"]["attention"]["language"]["name"] == "sdpa"

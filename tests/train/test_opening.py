@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import signal
 import threading
 
@@ -12,7 +13,7 @@ from vistune.errors import CheckpointError
 from vistune.recipe import ModelConfig
 from vistune.train.hooks import MetricsHook
 from vistune.train.interrupt import StopRequest
-from vistune.train.opening import keep_lines
+from vistune.train.opening import keep_lines, require_same_recipe
 
 
 def test_lines_are_cut_after_the_last_step_and_torn_ones_dropped(tmp_path):
@@ -105,3 +106,26 @@ def test_fingerprint_sees_any_retraining(tmp_path):
         {"vision_tower": {"path": str(folder)}, "language_model": {"path": "some/hub-id"}}
     )
     assert fingerprint_parts(parts) == {"vision": first}
+
+
+def test_keys_that_did_not_exist_at_the_start_count_at_their_defaults(tmp_path):
+    recorded = resolved_recipe(tmp_path).recipe.model_dump(mode="json")
+    for key in ("attention", "kernels", "compile", "offload", "checkpoint_tower_layers"):
+        del recorded["train"][key]
+    require_same_recipe(recorded, resolved_recipe(tmp_path), where=tmp_path)
+    length = {"steps": 8, "schedule": "cosine", "warmup_frac": 0.2}
+    for train, said in (
+        ({"attention": "sdpa"}, "train.attention: 'auto' -> 'sdpa'"),
+        ({"kernels": "torch"}, "train.kernels: 'auto' -> 'torch'"),
+        ({"compile": "blocks"}, "train.compile: False -> 'blocks'"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            now = resolved_recipe(tmp_path, train=length | train)
+            require_same_recipe(recorded, now, where=tmp_path)
+    # The same bits with or without: free to change.
+    moved = {"offload": {"optimizer": True, "activations": True}, "checkpoint_layers": 2}
+    now = resolved_recipe(tmp_path, train=length | moved)
+    require_same_recipe(recorded, now, where=tmp_path)
+    recorded["train"]["gone"] = 1
+    with pytest.raises(CheckpointError, match=r"train\.gone"):
+        require_same_recipe(recorded, resolved_recipe(tmp_path), where=tmp_path)

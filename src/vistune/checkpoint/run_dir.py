@@ -180,9 +180,30 @@ class RunDirectory:
         """
         self._record({"engine": dict(engine)})
 
+    def last_engine(self) -> dict[str, Any] | None:
+        """Returns what `record_engine` wrote last; None where a start never came so far."""
+        if not self.provenance.is_file():
+            return None
+        entries = map(_object_of, self.provenance.read_text(encoding="utf-8").splitlines())
+        engines = [entry["engine"] for entry in entries if "engine" in entry]
+        return engines[-1] if engines else None
+
     def _record(self, entry: Mapping[str, Any]) -> None:
-        with self.provenance.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.provenance.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                # A killed process may have left half a line, which must not swallow this one.
+                file.write(b"\n" if file.read(1) != b"\n" else b"")
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+
+
+def _object_of(line: str) -> dict[str, Any]:
+    """Returns a line's entry; an empty one for a line that a killed process cut short."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _git_state() -> dict[str, str | bool] | None:

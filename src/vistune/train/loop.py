@@ -48,7 +48,12 @@ from vistune.train.hooks import (
 )
 from vistune.train.hooks.samples import Answer
 from vistune.train.opening import OpenRun, open_run
-from vistune.train.report import print_data, print_result, print_tuning
+from vistune.train.report import (
+    print_changed_engine,
+    print_data,
+    print_result,
+    print_tuning,
+)
 from vistune.train.room import adviser, settled
 
 if TYPE_CHECKING:
@@ -256,7 +261,10 @@ def _model(
         )
         console.print(f"frozen weights: {count} linear layers held in {language.frozen_format}")
     model.to(device.torch_device)
+    last = None if opened.checkpoint is None else opened.directory.last_engine()
     engine = set_up_engine(model, recipe, device, console)
+    if last is not None:
+        print_changed_engine(last, engine, console)
     with write_errors_explained(opened.directory.path):
         opened.directory.record_engine(engine)
     return _Built(model, tuning, inherited, work)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from vistune.checkpoint.files import sync
@@ -23,7 +24,7 @@ from vistune.checkpoint.manifest import read_manifest
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.checkpoint.save import remove_stale
 from vistune.errors import CheckpointError
-from vistune.recipe import ResolvedRecipe
+from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train.state import Progress
 
 FREE_KEYS = (
@@ -152,7 +153,7 @@ def require_same_recipe(
     free: tuple[str, ...] = FREE_KEYS
     if train.schedule == "constant" and train.warmup_frac == 0:
         free += LENGTH_KEYS
-    old, new = _flatten(before), _flatten(after)
+    old, new = _flatten(_with_todays_defaults(before)), _flatten(after)
     differing = [
         key
         for key in sorted(old.keys() | new.keys())
@@ -176,6 +177,17 @@ def require_same_recipe(
         )
         + "put them back, or start a new run (model.from_checkpoint goes on from these weights)",
     )
+
+
+def _with_todays_defaults(before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a recorded recipe with the keys that did not exist yet at their defaults.
+
+    One that does not parse any more stays as it is, so that what differs is named.
+    """
+    try:
+        return Recipe.model_validate(before).model_dump(mode="json")
+    except ValidationError:
+        return before
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.tree import Tree
@@ -54,6 +55,39 @@ def print_tuning(tuning: Tuning, train: TrainConfig, console: Console) -> None:
             mode += f", lr {train.lr if row.lr is None else row.lr:g}"
         branch = tree.add(f"{row.role} ({mode}): {text}")
     console.print(tree)
+
+
+def print_changed_engine(
+    before: Mapping[str, Any], now: Mapping[str, Any], console: Console
+) -> None:
+    """Says where a resumed run computes in another way than it did: `auto` may choose anew.
+
+    Args:
+        before: From the record of the start before.
+        now: From `set_up_engine`.
+        console: Where it is said.
+    """
+    old, new = _engine_names(before), _engine_names(now)
+    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+    if changed:
+        console.print(
+            f"[yellow]note:[/] computed in another way than before, numbers may differ by rounding:"
+            f" {'; '.join(changed)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _engine_names(engine: Mapping[str, Any]) -> dict[str, object]:
+    """Returns what decides rounding, without the reasons, which may change by themselves."""
+    attention = engine.get("attention", {})
+    return {
+        "attention of the language model": attention.get("language", {}).get("name"),
+        "attention of the vision tower": attention.get("vision", {}).get("name"),
+        "layers": engine.get("layers"),
+        "kernels": engine.get("kernels", {}).get("name"),
+        "compiled": engine.get("compiled"),
+    }
 
 
 def print_result(result: TrainResult, console: Console, *, total_steps: int) -> None:
