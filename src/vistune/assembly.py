@@ -22,7 +22,7 @@ from vistune.checkpoint.layouts import (
     read_partial,
 )
 from vistune.checkpoint.load import read_weights, resolve_checkpoint
-from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, anchored, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
 from vistune.data.image import ImagePlan
@@ -72,7 +72,8 @@ class Blueprint:
     """A model that is fully described and not yet loaded.
 
     Args:
-        parts: The parts, free of `from_checkpoint` unless that names a whole model.
+        parts: The parts, free of `from_checkpoint` unless that names a whole model; what is local
+            is named from the root.
         facts: Tokenizer, grid and configs of the parts.
         encoder: How text and images become tokens.
         checkpoint: The checkpoint to lay over the parts, or None.
@@ -112,8 +113,9 @@ def draw(recipe: Recipe) -> Blueprint:
         CheckpointError: `model.from_checkpoint` is not something vistune can go on from.
     """
     if recipe.model.from_checkpoint is None:
-        facts = describe(recipe.model)
-        return Blueprint(recipe.model, facts, _encoder(recipe.data, facts, inherited=None))
+        parts = anchored(recipe.model)
+        facts = describe(parts)
+        return Blueprint(parts, facts, _encoder(recipe.data, facts, inherited=None))
     return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model)
 
 
@@ -143,7 +145,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     if partial is not None:
         _refuse(asked, ("connector.weights",), "it brings its own connector", where=folder)
         _refuse(asked, ("sat_qkv",), "it is of another project", where=folder)
-        parts = partial.parts.model_copy(update={"tiles": tiles})
+        parts = anchored(partial.parts.model_copy(update={"tiles": tiles}))
         facts = _completed(describe(parts), partial)
         return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
     has_manifest = (folder / MANIFEST_NAME).is_file()
@@ -155,7 +157,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
         keys += [] if own_parts is None else ["connector.weights"]
         _refuse(asked, keys, "it says itself what it is made of", where=folder)
     whole = {"from_checkpoint": str(folder), "tiles": None}
-    parts = own_parts or asked.model_copy(update=whole)
+    parts = anchored(own_parts or asked.model_copy(update=whole))
     facts = describe_parts(parts)
     inherited = None if manifest is None else manifest.encoder
     adds_tiles = tiles is not None and tiles != tiles_of(facts)

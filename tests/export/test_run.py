@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_parts import encoder, packed_logits, parts, row
 
 from vistune._version import __version__
-from vistune.assembly import load_assembled
+from vistune.assembly import draw, load_assembled
 from vistune.checkpoint.fingerprint import fingerprint_parts
-from vistune.checkpoint.manifest import Manifest, read_manifest
+from vistune.checkpoint.manifest import Manifest, anchored, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.checkpoint.save import CheckpointContent, save_checkpoint
 from vistune.errors import CheckpointError
@@ -22,7 +22,7 @@ from vistune.models.build import build_model
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
 from vistune.models.tune import apply_tuning, trainable_state
-from vistune.recipe import TuneConfig
+from vistune.recipe import ModelConfig, Recipe, TuneConfig
 
 TUNE: dict[str, Any] = {"language": {"mode": "lora", "rank": 2}}
 
@@ -138,3 +138,28 @@ def test_a_base_that_was_changed_since_does_not_answer(
         export_model(tmp_path / "step_3", to="vistune", output=tmp_path / "out")
     changed.write_bytes(before)
     load_assembled(tmp_path / "step_3")
+
+
+def test_parts_are_named_from_the_root(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parts(shelf)
+    monkeypatch.chdir(shelf)
+    model = config.model_dump()
+    for part in ("vision_tower", "language_model"):
+        model[part]["path"] = str(Path(model[part]["path"]).relative_to(shelf))
+    tree = {
+        "name": "x",
+        "run_dir": "run",
+        "model": model,
+        "data": {"train": [{"path": "rows.json", "images": "."}], "template": "vicuna_v1"},
+        "batch": {"samples": 1, "max_tokens": 512},
+        "train": {"steps": 1, "lr": 1e-3},
+    }
+    recipe = Recipe.model_validate(tree)
+    drawn = draw(recipe).parts
+    assert drawn == config != recipe.model
+    monkeypatch.chdir(tmp_path)  # where a checkpoint is read says nothing of where it was made
+    assert fingerprint_parts(drawn) == fingerprint_parts(config) != {}
+    named = ModelConfig(from_checkpoint="somebody/some-model")
+    assert anchored(named).from_checkpoint == "somebody/some-model"

@@ -14,6 +14,15 @@ from vistune.recipe import ModelConfig, Section
 MANIFEST_NAME = "vistune.json"
 
 
+_PLACES = {
+    "vision_tower": ("path", "adapter"),
+    "vision_tower_aux": ("path",),
+    "language_model": ("path", "adapter"),
+    "connector": ("weights",),
+    "bases": ("vision_tower", "language_model"),
+}
+
+
 class Manifest(Section):
     """The description that lies beside every set of weights."""
 
@@ -67,3 +76,27 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             "the manifest cannot be read", where=str(path), got=str(error).splitlines()[0]
         ) from error
+
+
+def anchored(parts: ModelConfig) -> ModelConfig:
+    """Returns parts whose local files and directories are named from the root.
+
+    A checkpoint is read from other working directories than the one its run was started in; there
+    `parts/tower` would be nothing, or the name of something on the hub.
+
+    Args:
+        parts: As a recipe names them; names of the hub stay as they are.
+    """
+    values = parts.model_dump()
+    for section, keys in _PLACES.items():
+        if values[section] is not None:
+            values[section] |= {key: _anchored(values[section][key]) for key in keys}
+    values["from_checkpoint"] = _anchored(values["from_checkpoint"])
+    return ModelConfig.model_validate(values)
+
+
+def _anchored(name: str | None) -> str | None:
+    if name is None:
+        return None
+    place = Path(name).expanduser()
+    return str(place.absolute()) if place.exists() else name
