@@ -359,3 +359,6 @@ def test_cogvlm_sft(tmp_path: Path) -> None:
         open_source(SourceConfig(path=str(labels / "0.json"), format="cogvlm_sft"))
     with pytest.raises(DataError, match="holds no JSON file"):
         open_source(SourceConfig(path=str(images), images=str(images), format="cogvlm_sft"))
+    labels.rename(tmp_path / "labels_zh")
+    with pytest.raises(DataError, match="each folder of labels is a source"):
+        open_source(SourceConfig(path=str(tmp_path), format="cogvlm_sft"))

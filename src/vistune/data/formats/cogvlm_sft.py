@@ -44,6 +44,14 @@ class CogvlmSftReader:
                 where=str(self._labels),
                 fix="name the folder with the JSON files as data.train[].path",
             )
+        inside = sorted(entry.name for entry in self._labels.glob("labels_*") if entry.is_dir())
+        if inside:
+            raise DataError(
+                "this is the folder around the labels, and each folder of labels is a source",
+                where=str(self._labels),
+                got=", ".join(inside),
+                fix=f"name {self._labels / inside[0]} as data.train[].path",
+            )
         self._images = ImageFolder(folder)
         names = sorted(entry.name for entry in folder.iterdir())
         self._image_of = {
