@@ -125,6 +125,8 @@ def test_override_of_a_whole_list_forgets_the_old_entries(tmp_path: Path) -> Non
         ("train.lr={a: 1, a: 2}", "not valid YAML"),
         ("base=other.yaml", "base cannot be set on the command line"),
         ("train.epohcs=1", "did you mean 'epochs'?"),
+        ("train.offload=true", "it holds the keys activations, optimizer, not a value (got True)"),
+        ("train.offload.weights=true", "known here: activations, optimizer"),
         ("train.epochs=1", "exactly one of train.epochs and train.steps"),
         ("name=../x", "letters, digits"),
         ("train.lr=nan", "finite"),

@@ -13,6 +13,7 @@ from vistune.errors import RecipeError
 from vistune.registry import nearest
 
 _MAX_SHOWN = 80
+_MAX_LISTED = 8
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -54,14 +55,19 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _hint(unknown: str, path: tuple[str, ...], model: type[BaseModel]) -> str:
     """Returns what an unknown key may have been meant to be."""
-    known = sorted({key for s in _sections_at(model, path) for key in s.model_fields})
+    known = _known_at(path, model)
     elsewhere = sorted({key for key in _all_keys(model) if key.rpartition(".")[2] == unknown})
     close = nearest(unknown, known)
     if elsewhere and (close is None or len(elsewhere) == 1):
-        return "did you mean " + " or ".join(f"'{key}'" for key in elsewhere[:4]) + "?"
+        meant = "did you mean " + " or ".join(f"'{key}'" for key in elsewhere[:4]) + "?"
+        return meant if len(known) > _MAX_LISTED else f"{meant} known here: {', '.join(known)}"
     if close is not None:
         return f"did you mean '{close}'?"
     return "known: " + ", ".join(known) if known else "no key is known here"
+
+
+def _known_at(path: tuple[str, ...], model: type[BaseModel]) -> list[str]:
+    return sorted({key for s in _sections_at(model, path) for key in s.model_fields})
 
 
 def _written_path(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
@@ -105,6 +111,8 @@ def _sentence(problem: Mapping[str, Any], key: str, model: type[BaseModel]) -> s
         return f"'{key}.{tag}' {found}; set it to one of: {', '.join(tags)}"
     if kind == "value_error":
         return f"{key}: {message}" if key else message
+    if kind in ("model_type", "model_attributes_type"):
+        message = f"it holds the keys {', '.join(_known_at(path, model))}, not a value"
     shown = repr(problem["input"])
     shown = shown if len(shown) <= _MAX_SHOWN else shown[: _MAX_SHOWN - 3] + "..."
     return f"{key}: {message} (got {shown})"
