@@ -56,7 +56,8 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch:
 def _unusable(shown: str) -> DeviceError:
     return DeviceError(
         "the environment does not say which process this is",
+        where="RANK, WORLD_SIZE, LOCAL_RANK",
         got=shown,
-        expected="numbers with 0 <= RANK < WORLD_SIZE, as torchrun sets them",
-        fix="start with torchrun, or unset these variables",
+        expected="numbers with 0 <= RANK < WORLD_SIZE, as torchrun sets them, or none of them",
+        fix="unset these variables",
     )
