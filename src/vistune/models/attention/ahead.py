@@ -145,11 +145,25 @@ def ahead_attention(
             got=f"queries {tuple(query.shape)}, keys {tuple(key.shape)}",
             expected="one row, no key-value cache",
         )
+    scoring = Scoring(scaling, sliding_window, softcap, dropout)
+    return _row(query, key, value, mask, scoring, window_binds=window_binds, memo=memo), None
+
+
+def _row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scoring: Scoring,
+    *,
+    window_binds: bool,
+    memo: RowMemo[list[tuple[int, bool]]],
+) -> Tensor:
+    """Attention of a packed row, sample by sample: [1, T, H, D]."""
     num_edges, row = mask.shape[1], mask[0, 0, 0]
     packing = Packing(row[:num_edges], mask.shape[2])
     reach_T = row[num_edges:]
     samples = memo.get(packing, make=lambda: _samples(packing.cu_seqlens, reach_T))
-    scoring = Scoring(scaling, sliding_window, softcap, dropout)
     key, value = repeat_heads(query, key), repeat_heads(query, value)
     lengths = [length for length, _ in samples]
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
@@ -161,7 +175,7 @@ def ahead_attention(
         else:
             parts.append(one_sample(q, k, v, causal=True, scoring=scoring))
         start += length
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def _samples(cu_seqlens: Tensor, reach_T: Tensor) -> list[tuple[int, bool]]:
