@@ -231,3 +231,10 @@ def test_any_content_is_found_out_or_refused(tmp_path: Path, content: bytes) -> 
         assert str(error)
     else:
         assert found.path == str(path)
+
+
+def test_a_stray_carriage_return_is_refused_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    path.write_bytes(b"image,caption\rcat.jpg,A cat.\r")
+    with pytest.raises(DataError):
+        detect(str(path))

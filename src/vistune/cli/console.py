@@ -67,8 +67,10 @@ def table(
         numbers: How many of the last columns hold numbers.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
 
     made = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    made.min_width = cell_len(title)  # a title wider than its table would be broken in two
     for index, column in enumerate(columns):
         is_number = index >= len(columns) - numbers
         made.add_column(

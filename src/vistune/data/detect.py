@@ -156,7 +156,9 @@ def _of_file(path: Path) -> Iterator[Detected]:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head:
-        raise DataError("the dataset file is empty", where=str(path))
+        raise DataError(
+            "the dataset file is empty", where=str(path), fix="fetch or write the file again"
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(_COMPRESSED) or _is_tar(path):
         yield Detected("webdataset", str(path))
@@ -195,7 +197,10 @@ def _is_coco(path: Path, head: bytes) -> bool:
 
 def _is_captions_csv(head: bytes) -> bool:
     line = head.partition(b"\n")[0].decode("utf-8", "replace")
-    cells = next(csv.reader([line], delimiter="\t" if "\t" in line else ","), [])
+    try:
+        cells = next(csv.reader([line], delimiter="\t" if "\t" in line else ","), [])
+    except csv.Error:  # a carriage return inside the line: no header of ours
+        return False
     names = {cell.strip() for cell in cells}
     return bool(names & _IMAGE_COLUMNS) and bool(names & _CAPTION_COLUMNS)
 

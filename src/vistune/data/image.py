@@ -339,7 +339,7 @@ def _open(ref: ImageRef) -> Image.Image:
             reason="image_missing",
             where=ref.name,
             expected=str(ref.path),
-            fix="fetch the image, or check data.train[].images",
+            fix="fetch the image, or name its folder: --images, or data.train[].images in a recipe",
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(

@@ -103,6 +103,7 @@ def plot(stats: DataStats, path: Path, *, title: str) -> None:
 def _draw(drawn: list[Distribution], path: Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 2.6 * len(drawn)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -116,6 +117,8 @@ def _draw(drawn: list[Distribution], path: Path, *, title: str) -> None:
         note = f"median {spread['p50']:,.0f}, mean {spread['mean']:,.1f}, max {spread['max']:,.0f}"
         axes.set_title(f"{found.name}: {note}", fontsize="medium", loc="left")
         axes.set_ylabel("rows" if "row" in found.name else "images")
+        for axis in (axes.xaxis, axes.yaxis):  # all that is drawn is counted: no half rounds
+            axis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
         if histogram.cut:
             axes.set_xlabel("the last bar holds all above it", fontsize="small")

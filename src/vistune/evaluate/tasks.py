@@ -106,8 +106,9 @@ def read_questions(
             f"{len(problems)} rows of the test set cannot be used{shown}"
             + (f"\n  ... and {more} more" if more > 0 else ""),
             where=str(file),
-            expected=_FORM,
-            fix="mend these rows, or take them out of the file",
+            expected=f"{_FORM}, or rows in LLaVA's format",
+            fix="mend these rows, or take them out of the file; `vistune data convert FILE OUT --to"
+            " llava` makes LLaVA rows of other formats",
         )
     if not questions:
         raise DataError("the test set has no question", where=str(file), expected=_FORM)

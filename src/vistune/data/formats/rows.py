@@ -125,7 +125,9 @@ def index_rows(path: Path, *, max_rows: int | None = None) -> JsonRows:
             fix="check data.train[].path",
         )
     if path.stat().st_size == 0:
-        raise DataError("the dataset file is empty", where=str(path))
+        raise DataError(
+            "the dataset file is empty", where=str(path), fix="fetch or write the file again"
+        )
     if path.stat().st_size >= _BYTES_WORTH_KEEPING:
         return _kept_rows(path, max_rows)
     return _found_rows(path, max_rows)
