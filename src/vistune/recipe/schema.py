@@ -323,10 +323,10 @@ class TrainConfig(Section):
     nvidia-cudnn-frontend, extra `cudnn`). `flex`: torch's FlexAttention,
     compiled (CUDA; also capped scores). `sdpa`: one call for each sample, everywhere. `npu`:
     Ascend's fused attention (written against its interface, never run on the device).
-    `flash_attn`: the package of that name (extra `flash`). `auto`: the fastest that suits model
-    and device, said with the reason at the start and in `provenance.jsonl`; one named here that
-    does not suit is an error. The vision tower, whose images are a plain batch, takes the one
-    named here where it can."""
+    `flash_attn`: the package of that name (extra `flash`; written against its interface, not run
+    with it yet). `auto`: the fastest that suits model and device, said with the reason at the start
+    and in `provenance.jsonl`; one named here that does not suit is an error. The vision tower,
+    whose images are a plain batch, takes the one named here where it can, said when it cannot."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
     """Norms and gates of decoder layers that do not run fused. `liger`: liger-kernel's, where
     Triton runs (extra `kernels`). `torch`: transformers' own. `auto`: liger where it is installed
