@@ -359,6 +359,10 @@ def test_cogvlm_sft(tmp_path: Path) -> None:
         open_source(SourceConfig(path=str(labels / "0.json"), format="cogvlm_sft"))
     with pytest.raises(DataError, match="holds no JSON file"):
         open_source(SourceConfig(path=str(images), images=str(images), format="cogvlm_sft"))
+    first = next(images.glob("0.*"))
+    (images / f"{first.stem}.webp").write_bytes(first.read_bytes())
+    with pytest.raises(RowError, match=f"2 images are called {first.stem}"):
+        open_source(SourceConfig(path=str(labels), format="cogvlm_sft")).read(0)
     labels.rename(tmp_path / "labels_zh")
     with pytest.raises(DataError, match="each folder of labels is a source"):
         open_source(SourceConfig(path=str(tmp_path), format="cogvlm_sft"))

@@ -54,9 +54,10 @@ class CogvlmSftReader:
             )
         self._images = ImageFolder(folder)
         names = sorted(entry.name for entry in folder.iterdir())
-        self._image_of = {
-            Path(name).stem: name for name in names if Path(name).suffix.lower() in _SUFFIXES
-        }
+        self._images_of: dict[str, list[str]] = {}
+        for name in names:
+            if Path(name).suffix.lower() in _SUFFIXES:
+                self._images_of.setdefault(Path(name).stem, []).append(name)
         files = sorted(e.name for e in self._labels.iterdir() if e.suffix.lower() == ".json")
         self._files = files[: config.max_rows]
         if not self._files:
@@ -78,14 +79,21 @@ class CogvlmSftReader:
         where, stem = self.where(row), Path(self._files[row]).stem
         try:
             content = self._parse(row)
-            name = self._image_of.get(stem)
-            if name is None:
+            found = self._images_of.get(stem, [])
+            if not found:
                 raise RowError(
                     f"no image is called {stem}",
                     reason="image_missing",
                     fix="add the image, or remove the label",
                 )
-            images = (self._images.ref(name),)
+            if len(found) > 1:
+                raise RowError(
+                    f"{len(found)} images are called {stem}",
+                    reason="image_ambiguous",
+                    got=", ".join(found),
+                    fix="keep the one that the label is of",
+                )
+            images = (self._images.ref(found[0]),)
             turns, notes = conversation(turns_of(content), num_images=1)
         except RowError as error:
             raise error.at(where) from error
