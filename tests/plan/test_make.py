@@ -93,6 +93,9 @@ def test_lengths_are_read_when_asked_for(tree, tmp_path):
     # Bytes are tokens here: the longest of three pairs holds the row of 40 and another.
     assert 2 * 40 < made.row.num_tokens < 4096
     assert made.run_seconds == pytest.approx(made.row_seconds * 6)
+    tree["train"] |= {"compile": "static_blocks", "fused": "off"}
+    padded = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
+    assert padded.row.num_tokens == 4096 and padded.row.num_targets == made.row.num_targets
 
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b"])

@@ -85,7 +85,7 @@ def _print(made: Plan) -> None:
     )
     for sentence in made.settled.said:
         print(f"chosen: {sentence}")
-    layers = "fused" if made.room.memory.fused else "transformers' own"
+    layers = "fused" if made.room.memory.fused else "as the model has them"
     print(f"decoder layers: {layers}")
     total = made.device.memory_gib
     verdict = "fits" if made.fits else "does not fit"

@@ -111,6 +111,8 @@ def make_plan(
         row = replace(row, num_rows=round(rows_per_step))
     if read_data:
         row, num_steps, rows_per_step = _from_data(recipe, blueprint, room)
+        if recipe.train.compile == "static_blocks":  # every row is filled up to this
+            row = replace(row, num_tokens=max(row.num_tokens, settled.max_tokens))
     prediction = room.memory.predict(row, checkpoint_layers=settled.checkpoint_layers)
     tflop, seconds = _row_time(recipe, room, row, target, settled)
     run_seconds = None
