@@ -17,6 +17,7 @@ from vistune.errors import CheckpointError
 from vistune.recipe import ResolvedRecipe
 
 CHECKPOINT_PREFIX = "step_"
+_ORPHANS_S = 15.0  # loader workers inherit the lock, and outlive a killed run by some seconds
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,22 @@ class RunDirectory:
             yield
             return
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise CheckpointError(
-                    f"another process ({file.read().strip()}) is training in this directory",
-                    where=str(self.path),
-                    fix="wait for it or stop it, or name another directory with run_dir=...",
-                ) from error
+            patient_until_s = time.monotonic() + _ORPHANS_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    file.seek(0)
+                    holder = file.read().strip()
+                    if _is_gone(holder) and time.monotonic() < patient_until_s:
+                        time.sleep(0.1)
+                        continue
+                    raise CheckpointError(
+                        f"another process ({holder}) is training in this directory",
+                        where=str(self.path),
+                        fix="wait for it or stop it, or name another directory with run_dir=...",
+                    ) from error
             file.truncate(0)
             file.write(f"process {os.getpid()}")
             file.flush()
@@ -195,6 +203,17 @@ class RunDirectory:
                 # A killed process may have left half a line, which must not swallow this one.
                 file.write(b"\n" if file.read(1) != b"\n" else b"")
             file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+
+
+def _is_gone(holder: str) -> bool:
+    """Returns whether the process that a lock file names has ended."""
+    try:
+        os.kill(int(holder.removeprefix("process ")), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, PermissionError):
+        return False
+    return False
 
 
 def _object_of(line: str) -> dict[str, Any]:
