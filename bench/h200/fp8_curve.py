@@ -10,7 +10,7 @@ stage 1. Everything is an ordinary recipe; the curves are compared as `vistune c
 
 Both stages use a chat template, so that text comes first. Where a row begins with an image token,
 that token becomes the place where a pretrained model's attention drains to; the gradient through it
-is all rounding, in bf16 too, and two bf16 runs lie further apart than FP8 from either.
+can jump with any rounding forward, and two bf16 runs lie further apart than FP8 from either.
 """
 
 from __future__ import annotations
