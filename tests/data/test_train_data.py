@@ -204,7 +204,7 @@ def test_no_process_without_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a process was started")
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", no_process)
-    next(train_data(dataset(tmp_path, 4)).steps())
+    assert next(train_data(dataset(tmp_path, 4)).steps())
 
 
 def test_import_is_cheap() -> None:

@@ -5,12 +5,8 @@ What a run would check besides, how long rows become, needs a template and a tok
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +22,9 @@ from vistune.data.index.scan import (
     script_of,
     seems_cut_off,
 )
-from vistune.data.orphans import end_with_parent
+from vistune.data.pool import in_processes
 from vistune.data.rejects import reject
-from vistune.errors import DataError, RowError
+from vistune.errors import RowError
 from vistune.types import Rejected, Sample
 
 _EXAMPLES = 4
@@ -103,7 +99,8 @@ def check_rows(
     units = [range(first, min(first + unit, total)) for first in range(0, total, unit)]
     look = _Look(reader, plan, deep)
     report = _Report(reader)
-    parts = _in_processes(look, units, workers) if workers > 1 else map(look.rows, units)
+    fix = "vistune data check --workers 0"
+    parts = in_processes(look.rows, units, workers=workers, fix=fix)
     for rows, part in zip(units, parts, strict=True):
         report.add(part)
         if progress is not None:
@@ -208,37 +205,6 @@ class _Report:
         first = self.found.note_rows.setdefault(name, [])
         if len(first) < _EXAMPLES:
             first.append(f"{self._reader.where(row)} (id {self._reader.read(row).id})")
-
-
-class _Process:
-    """The work of this worker process; set once by the pool's initializer."""
-
-    look: _Look
-
-    @classmethod
-    def start(cls, look: _Look) -> None:
-        end_with_parent()
-        cls.look = look
-
-    @classmethod
-    def run(cls, rows: range) -> _Part:
-        return cls.look.rows(rows)
-
-
-def _in_processes(look: _Look, units: Sequence[range], workers: int) -> Iterator[_Part]:
-    if len(units) < 2:
-        yield from map(look.rows, units)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    number = min(workers, len(units))
-    try:
-        with ProcessPoolExecutor(number, context, _Process.start, (look,)) as pool:
-            yield from pool.map(_Process.run, units)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that checked rows died, most likely killed for memory",
-            fix="vistune data check --workers 0",
-        ) from error
 
 
 __all__ = ["RowsReport", "check_rows"]

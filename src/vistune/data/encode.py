@@ -24,7 +24,7 @@ from PIL import Image
 
 from vistune.data.image import ImageLike, ImagePlan, full_size, load, probe
 from vistune.data.layout import ImageLayout, load_layout
-from vistune.data.special import SpecialTexts
+from vistune.data.special import SpecialTexts, leading_ids
 from vistune.data.template import ChatTemplate, Segment, load_template
 from vistune.data.tokens import (
     Overlong,
@@ -34,6 +34,7 @@ from vistune.data.tokens import (
     largest_that_fits,
     last_token,
     scaled_size,
+    size_of,
     turns_that_fit,
 )
 from vistune.errors import DataError, RowError, TemplateError
@@ -421,7 +422,7 @@ class Encoder:
         Raises:
             RowError: There is no such image.
         """
-        return self._image_tokens(*_size_of(image, sizes), len(sizes))
+        return self._image_tokens(*size_of(image, sizes), len(sizes))
 
     def _image_tokens(self, height: int, width: int, num_images: int = 1) -> int:
         if self.layout is not None:
@@ -429,7 +430,7 @@ class Encoder:
         return self.grid.num_tokens(*self.image_plan.size_for(height, width))
 
     def _block(self, image: int, sizes: Sequence[Size], num_images: int) -> npt.NDArray[np.int64]:
-        size = _size_of(image, sizes)
+        size = size_of(image, sizes)
         if self.layout is not None:
             return self.layout.among(num_images).block(*size)
         return np.full(self._image_tokens(*size), self.image_token_id, dtype=np.int64)
@@ -479,29 +480,11 @@ class Encoder:
 
     @functools.cached_property
     def _prefix_ids(self) -> tuple[int, ...]:
-        # What the tokenizer puts in front of a text of its own accord, e.g. its begin-of-text.
-        bare = self._backend_ids("a")
-        full: list[int] = self.tokenizer.backend_tokenizer.encode("a").ids
-        for index in range(len(full) - len(bare) + 1):
-            if full[index : index + len(bare)] == bare:
-                return tuple(full[:index])
-        raise TemplateError(
-            "the tokenizer writes a text differently with and without its special tokens"
-        )
+        return leading_ids(self._backend_ids("a"), self.tokenizer.backend_tokenizer.encode("a").ids)
 
     @functools.cached_property
     def _special(self) -> SpecialTexts:
         return SpecialTexts(self.tokenizer)
-
-
-def _size_of(image: int, sizes: Sequence[Size]) -> Size:
-    if image >= len(sizes):
-        raise RowError(
-            f"the text speaks of image {image + 1} of {len(sizes)}",
-            reason="image_count_mismatch",
-            fix="give as many images as <image> stands in the text",
-        )
-    return sizes[image]
 
 
 def _scaled(image: Image.Image, scale: float) -> Image.Image:

@@ -7,11 +7,7 @@ index, so that the next run with the same limit need not read them.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -22,10 +18,10 @@ from vistune.data.count import TokenCounter
 from vistune.data.encode import Encoder, Overlong, Size
 from vistune.data.formats import RowReader
 from vistune.data.index import SourceIndex
-from vistune.data.orphans import end_with_parent
+from vistune.data.pool import in_processes
 from vistune.data.rejects import reject
 from vistune.data.tokens import overlong_error, turns_that_fit
-from vistune.errors import DataError, RowError
+from vistune.errors import RowError
 from vistune.types import Rejected, Turn
 
 _CHUNK_ROWS = 256
@@ -136,7 +132,8 @@ def _outcome(
     job = _Job(index, reader, encoder, max_tokens, overlong, TokenCounter(encoder))
     chunks = [rows[k : k + _CHUNK_ROWS].tolist() for k in range(0, rows.size, _CHUNK_ROWS)]
     found = _Outcome()
-    for part in _in_processes(job, chunks, workers) if workers > 1 else map(job.run, chunks):
+    fix = "data.workers=0, or fewer"
+    for part in in_processes(job.run, chunks, workers=workers, fix=fix):
         found.add(part)
     if path is not None:
         content = asdict(found)
@@ -224,36 +221,3 @@ class _Job:
             len(tokens.image_order),
             change,
         )
-
-
-class _Process:
-    """The job of this worker process; set once by the pool's initializer."""
-
-    job: _Job
-
-    @classmethod
-    def start(cls, job: _Job) -> None:
-        end_with_parent()
-        cls.job = job
-
-    @classmethod
-    def run(cls, rows: Sequence[int]) -> _Outcome:
-        return cls.job.run(rows)
-
-
-def _in_processes(job: _Job, chunks: Sequence[Sequence[int]], workers: int) -> Iterator[_Outcome]:
-    if len(chunks) < 2:
-        yield from map(job.run, chunks)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, _Process.start, (job,)) as pool:
-            yield from pool.map(_Process.run, chunks)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that checked rows died, most likely killed for memory",
-            fix="data.workers=0, or fewer",
-        ) from error
-
-
-__all__ = ["Limited", "limit"]

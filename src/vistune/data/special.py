@@ -1,10 +1,12 @@
-"""The special tokens of a tokenizer, looked for in text that should not spell them."""
+"""The special tokens of a tokenizer: in text that should not spell them, and in front of any."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from typing import Any
+
+from vistune.errors import TemplateError
 
 
 class SpecialTexts:
@@ -38,3 +40,21 @@ def _telling_chars(texts: list[str]) -> str:
         chars += max(sorted(counts), key=lambda char: counts[char])
         rest = [text for text in rest if chars[-1] not in text]
     return chars
+
+
+def leading_ids(bare: list[int], full: list[int]) -> tuple[int, ...]:
+    """Returns what a tokenizer puts in front of a text of its own accord (its begin-of-text).
+
+    Args:
+        bare: A text's ids without special tokens.
+        full: The same text's ids with them.
+
+    Raises:
+        TemplateError: The one is not part of the other.
+    """
+    for index in range(len(full) - len(bare) + 1):
+        if full[index : index + len(bare)] == bare:
+            return tuple(full[:index])
+    raise TemplateError(
+        "the tokenizer writes a text differently with and without its special tokens"
+    )

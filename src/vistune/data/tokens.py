@@ -150,6 +150,21 @@ def turns_that_fit(
     return first + 2 * low if low else 0
 
 
+def size_of(image: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns (height, width) of an image of a sample.
+
+    Raises:
+        RowError: There is no such image.
+    """
+    if image >= len(sizes):
+        raise RowError(
+            f"the text speaks of image {image + 1} of {len(sizes)}",
+            reason="image_count_mismatch",
+            fix="give as many images as <image> stands in the text",
+        )
+    return sizes[image]
+
+
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Returns (height, width) of an image made smaller; neither falls below a pixel."""
     height, width = size
