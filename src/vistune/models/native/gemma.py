@@ -15,13 +15,14 @@ from torch import Tensor
 
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import one_kind, register
 from vistune.models.native.marks import image_token_id, size_px
 from vistune.types import ImageShape, VisionGrid
 
 
 @dataclass(frozen=True)
-class Squares:
+class Squares(CommonFamily):
     """A family of SigLIP towers and Gemma language models.
 
     Args:
@@ -51,10 +52,6 @@ class Squares:
             language=("model.language_model",),
             head=("lm_head",),
         )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
 
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding of the tower."""
@@ -98,12 +95,6 @@ class Squares:
             "processor": dict(processor),
             "tokens": _tokens(config),
         }
-
-    def image_inputs(
-        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
-    ) -> dict[str, Tensor]:
-        """Returns the images [n, 3, Y, X]."""
-        return {"pixel_values": pixel_values}
 
     def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
         """Returns 1 at image tokens; where prompts are prefixes, 0 at all of a prompt's."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import register
 from vistune.models.native.marks import between, image_token_id, size_px, token_id
 from vistune.types import ImageShape, VisionGrid
@@ -18,12 +19,11 @@ _MARK, _WHOLE = "<fake_token_around_image>", "<global-img>"
 _LARGEST_PX = 4096  # the public processors resize to no more
 
 
-class Idefics3:
+class Idefics3(CommonFamily):
     """The family."""
 
     model_types: tuple[str, ...] = ("idefics3", "smolvlm")
     image_marks = ("<image>", "", "")
-    is_recurrent = False
     spliced_apart: Literal[True] = True
     roles = ModuleMap(
         vision=("model.vision_model",),
@@ -32,19 +32,11 @@ class Idefics3:
         head=("lm_head",),
     )
 
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
-
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding of the tower."""
         return VisionGrid(
             patch_px=int(config.vision_config.patch_size), downsample=int(config.scale_factor)
         )
-
-    def untrained(self, config: Any) -> tuple[str, ...]:
-        """Returns nothing: every weight is used."""
-        return ()
 
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `row_tiles`.
@@ -97,10 +89,6 @@ class Idefics3:
         No tile is padded, so there is no mask of pixels to hand over.
         """
         return {"pixel_values": pixel_values[None]}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns nothing."""
-        return {}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of a tile."""

@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import register
 from vistune.models.native.marks import image_token_id, size_px, token_id
 from vistune.types import ImageShape, VisionGrid
 
 
-class InternVL:
+class InternVL(CommonFamily):
     """The family. Its files say nothing of cutting: the public processor always cuts."""
 
     model_types: tuple[str, ...] = ("internvl",)
     # Marks as text: what stands behind one is tokenised with it, as some tokenizers need.
     image_marks = ("<IMG_CONTEXT>", "<img>", "</img>")
-    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
         connector=("model.multi_modal_projector",),
         language=("model.language_model",),
         head=("lm_head",),
     )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
 
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding of the tower."""
@@ -77,16 +71,6 @@ class InternVL:
             "min_tiles": least,
             "max_tiles": most,
         }
-
-    def image_inputs(
-        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
-    ) -> dict[str, Tensor]:
-        """Returns the tiles of all images [n, 3, Y, X]."""
-        return {"pixel_values": pixel_values}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns nothing."""
-        return {}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of a tile."""

@@ -12,27 +12,23 @@ from torch import Tensor
 
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import register
 from vistune.models.native.marks import image_token_id, size_px
 from vistune.types import ImageShape, VisionGrid
 
 
-class LlavaOneVision:
+class LlavaOneVision(CommonFamily):
     """The family."""
 
     model_types: tuple[str, ...] = ("llava_onevision",)
     image_marks = ("<image>", "", "")
-    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
         connector=("model.multi_modal_projector", "model.image_newline"),
         language=("model.language_model",),
         head=("lm_head",),
     )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
 
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding of the tower."""
@@ -111,10 +107,6 @@ class LlavaOneVision:
             "image_sizes": torch.tensor(sizes, dtype=torch.int64),
             "batch_num_images": torch.tensor(counts, dtype=torch.int64),
         }
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns nothing."""
-        return {}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of an image that is shown whole."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import register
 from vistune.models.native.marks import between, image_token_id, token_id
 from vistune.types import ImageShape, VisionGrid
@@ -18,7 +19,7 @@ _OLDEST = (5, 23)
 """Transformers 5.17 merges patches as if all slices had the shape of the first."""
 
 
-class MiniCPMV:
+class MiniCPMV(CommonFamily):
     """The family. Three of four layers of its language model are recurrent."""
 
     model_types: tuple[str, ...] = ("minicpmv4_6",)
@@ -31,17 +32,9 @@ class MiniCPMV:
         head=("lm_head",),
     )
 
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
-
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding: twice two, in the middle of the tower and behind it."""
         return VisionGrid(patch_px=int(config.vision_config.patch_size), downsample=4)
-
-    def untrained(self, config: Any) -> tuple[str, ...]:
-        """Returns nothing: every weight is used."""
-        return ()
 
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `slices`.
@@ -102,10 +95,6 @@ class MiniCPMV:
         line = pixel_values.permute(1, 2, 0, 3).flatten(2)[None]
         sizes = torch.tensor(tiles, dtype=torch.int32, device=pixel_values.device)
         return {"pixel_values": line, "target_sizes": sizes}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns nothing."""
-        return {}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of one token's patches."""

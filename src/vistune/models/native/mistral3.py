@@ -10,27 +10,23 @@ from torch import Tensor
 
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
+from vistune.models.native.base import CommonFamily
 from vistune.models.native.contract import PIXTRAL, register
 from vistune.models.native.marks import image_token_id, size_px, token_id
 from vistune.types import ImageShape, VisionGrid
 
 
-class Mistral3:
+class Mistral3(CommonFamily):
     """The family."""
 
     model_types: tuple[str, ...] = ("mistral3",)
     image_marks = ("[IMG]", "", "")
-    is_recurrent = False
     roles = ModuleMap(
         vision=("model.vision_tower",),
         connector=("model.multi_modal_projector",),
         language=("model.language_model",),
         head=("lm_head",),
     )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
 
     def grid(self, config: Any) -> VisionGrid:
         """Returns patches and folding of tower and projector."""
@@ -81,10 +77,6 @@ class Mistral3:
         sizes = [[rows * side, columns * side] for rows, columns in image_shapes]
         # Sizes stay on the host, where the model reads them one by one.
         return {"pixel_values": images, "image_sizes": torch.tensor(sizes, dtype=torch.int64)}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns nothing."""
-        return {}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of two tokens' patches: of one alone transformers loses an axis."""

@@ -5,43 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import one_kind, register
+from vistune.models.native.base import GridFamily
+from vistune.models.native.contract import register
 from vistune.models.native.marks import image_token_id, size_px
-from vistune.types import ImageShape, VisionGrid
+from vistune.types import ImageShape
 
 
-class PaddleOCRVL:
+class PaddleOCRVL(GridFamily):
     """The family. What stands around an image is the chat template's business."""
 
     model_types: tuple[str, ...] = ("paddleocr_vl",)
     image_marks = ("<|IMAGE_PLACEHOLDER|>", "", "")
-    is_recurrent = False
     roles = ModuleMap(
         vision=("model.visual",),
         connector=("model.projector",),
         language=("model.language_model",),
         head=("lm_head",),
     )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
-
-    def grid(self, config: Any) -> VisionGrid:
-        """Returns patches and folding of the tower."""
-        vision = config.vision_config
-        return VisionGrid(
-            patch_px=int(vision.patch_size), downsample=int(vision.spatial_merge_size)
-        )
-
-    def untrained(self, config: Any) -> tuple[str, ...]:
-        """Returns nothing: every weight is used."""
-        return ()
 
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `patches`.
@@ -80,17 +62,6 @@ class PaddleOCRVL:
             "max_pixels": bounds[1],
             "enlarge_sides": True,
         }
-
-    def image_inputs(
-        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
-    ) -> dict[str, Tensor]:
-        """Returns patches [P, 3, Y, X] and grids (time, rows, columns) [N, 3]."""
-        grids = torch.tensor(image_shapes, dtype=torch.int64, device=pixel_values.device)
-        return {"pixel_values": pixel_values, "image_grid_thw": grids}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns 1 at image tokens."""
-        return {"mm_token_type_ids": one_kind(input_ids_BT, image_token_id)}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of one token's patches."""

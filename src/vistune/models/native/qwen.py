@@ -6,21 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from vistune.errors import ModelError
 from vistune.models.contract import ModuleMap
-from vistune.models.native.contract import one_kind, register
+from vistune.models.native.base import GridFamily
+from vistune.models.native.contract import register
 from vistune.models.native.marks import image_token_id, token_id
-from vistune.types import ImageShape, VisionGrid
+from vistune.types import ImageShape
 
 _PUBLIC = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
 """What the public image processors take where their file says nothing."""
 
 
 @dataclass(frozen=True)
-class Patches:
+class Patches(GridFamily):
     """A family whose tower takes a flat list of patches and the grids they came from.
 
     Args:
@@ -47,11 +45,6 @@ class Patches:
         return f"{self.open_text}{self.image_text}{self.close_text}", "", ""
 
     @property
-    def is_recurrent(self) -> bool:
-        """No."""
-        return False
-
-    @property
     def roles(self) -> ModuleMap:
         """Module paths: what folds patches into tokens is the connector."""
         return ModuleMap(
@@ -60,21 +53,6 @@ class Patches:
             language=("model.language_model",),
             head=("lm_head",),
         )
-
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id at whose places image embeddings go."""
-        return int(config.image_token_id)
-
-    def grid(self, config: Any) -> VisionGrid:
-        """Returns patches and folding of the tower."""
-        vision = config.vision_config
-        return VisionGrid(
-            patch_px=int(vision.patch_size), downsample=int(vision.spatial_merge_size)
-        )
-
-    def untrained(self, config: Any) -> tuple[str, ...]:
-        """Returns nothing: every weight is used."""
-        return ()
 
     def layout(self, config: Any, processor: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Returns the layout `patches`.
@@ -114,17 +92,6 @@ class Patches:
             "frames": frames,
             "enlarge_first": self.counts_frames,
         }
-
-    def image_inputs(
-        self, pixel_values: Tensor, image_shapes: tuple[ImageShape, ...]
-    ) -> dict[str, Tensor]:
-        """Returns patches [P, C * time * Y * X] and grids (time, rows, columns) [N, 3]."""
-        grids = torch.tensor(image_shapes, dtype=torch.int64, device=pixel_values.device)
-        return {"pixel_values": pixel_values, "image_grid_thw": grids}
-
-    def text_inputs(self, input_ids_BT: Tensor, image_token_id: int) -> dict[str, Tensor]:
-        """Returns 1 at image tokens."""
-        return {"mm_token_type_ids": one_kind(input_ids_BT, image_token_id)}
 
     def blank(self, config: Any) -> tuple[tuple[int, ...], tuple[ImageShape, ...]]:
         """Returns the shape of one token's patches."""
