@@ -108,21 +108,7 @@ def prepare_embedded_default(
         inputs={"content": CATALOGUE[name].content_sha256},
         say=say,
     )
-    weights = asset("efficientnet-lite0")
-    vision_tower = _product(
-        cache / "models" / f"efficientnet-lite0-{IMAGE_SIZE_PX}px",
-        lambda target: vision_tower_from_state_dict(
-            next(weights.rglob("*.pth")),
-            target,
-            feature_maps=FEATURE_MAPS,
-            image_size_px=IMAGE_SIZE_PX,
-        ),
-        inputs={
-            "content": CATALOGUE["efficientnet-lite0"].content_sha256,
-            "feature_maps": list(FEATURE_MAPS),
-        },
-        say=say,
-    )
+    vision_tower = _vision_tower(asset, cache, say)
     easy_vqa, drawings, names = asset("easy-vqa"), asset("twemoji"), asset("emoji-names")
 
     def build(target: Path) -> None:
@@ -146,6 +132,25 @@ def prepare_embedded_default(
         datasets=built_in(data),
         notices=tuple(used),
         remarks=tuple(remarks),
+    )
+
+
+def _vision_tower(asset: Callable[[str], Path], cache: Path, say: Say) -> Path:
+    """EfficientNet-Lite0 as a vision tower of the size the quick start shows it."""
+    weights = asset("efficientnet-lite0")
+    return _product(
+        cache / "models" / f"efficientnet-lite0-{IMAGE_SIZE_PX}px",
+        lambda target: vision_tower_from_state_dict(
+            next(weights.rglob("*.pth")),
+            target,
+            feature_maps=FEATURE_MAPS,
+            image_size_px=IMAGE_SIZE_PX,
+        ),
+        inputs={
+            "content": CATALOGUE["efficientnet-lite0"].content_sha256,
+            "feature_maps": list(FEATURE_MAPS),
+        },
+        say=say,
     )
 
 
