@@ -225,6 +225,14 @@ def test_layer_norms_are_counted_in_fp32_as_accelerators_compute_them():
     found = kept_slope(norm, run, dtype=torch.bfloat16, at=(64, 128))
     assert found == 4 * (32 + 1 + 1)  # the input, its mean and the root of its variance
 
+    def run_without(num_rows):
+        with torch.autocast("cpu", enabled=False):
+            rows = torch.zeros(num_rows, 32, dtype=torch.bfloat16, requires_grad=True)
+            return torch.nn.functional.layer_norm(rows, (32,))
+
+    found = kept_slope(norm, run_without, dtype=torch.bfloat16, at=(64, 128))
+    assert found == 2 * (32 + 1 + 1)  # a CPU keeps both sums in the format of the rows
+
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b", "mgm-2b-hd"])
 def test_families_are_planned(tmp_path, kind):

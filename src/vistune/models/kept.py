@@ -153,13 +153,16 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _NormsInFp32(TorchFunctionMode):
-    """Computes layer norms in fp32, as autocast does on accelerators and not on a CPU."""
+    """Computes layer norms in fp32, as autocast does on accelerators and not on a CPU.
+
+    Only where autocast is on: a module may turn it off for norms that make no fp32 tensors.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.layer_norm:
+        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return func(*args, **kwargs)
 
