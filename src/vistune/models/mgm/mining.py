@@ -40,11 +40,12 @@ def tiles(pictures_NCYX: Tensor, *, count: int) -> Tensor:
         count: Tiles along each side.
 
     Returns:
-        [N, count x count, C, Y / count, X / count], tiles in reading order.
+        [N, count x count, C, Y / count, X / count], tiles in reading order; several are copied
+        into channels-last order.
     """
     num_images, channels, height, width = pictures_NCYX.shape
     cut = pictures_NCYX.reshape(num_images, channels, count, height // count, count, width // count)
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).movedim(-1, 2)
 
 
 def windows(maps_NCYX: Tensor, *, num_patches: int) -> Tensor:
@@ -98,17 +99,23 @@ class PatchInfoMining(nn.Module):
             value, offset = _absorbed(self.value)
             out = F.linear(found_NPC, value.to(query.dtype), offset.to(query.dtype))
             # Their gradients are zero, not missing.
-            without_effect = torch.cat([part.get_parameter("bias") for part in self.key])
-            return out + (without_effect.sum() * 0.0).to(out.dtype)
+            norm, linear = _parts(self.key)
+            without_effect = norm.bias.sum() + linear.bias.sum()
+            return out + (without_effect * 0.0).to(out.dtype)
 
 
 def _absorbed(projection: nn.Sequential) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of a norm's gain and bias and a linear layer in one, in fp32."""
+    norm, linear = _parts(projection)
+    weight = _wide(linear.weight)
+    return weight * _wide(norm.weight), F.linear(_wide(norm.bias), weight, _wide(linear.bias))
+
+
+def _parts(projection: nn.Sequential) -> tuple[nn.LayerNorm, nn.Linear]:
     norm, linear = projection
     assert isinstance(norm, nn.LayerNorm)
     assert isinstance(linear, nn.Linear)
-    weight = _wide(linear.weight)
-    return weight * _wide(norm.weight), F.linear(_wide(norm.bias), weight, _wide(linear.bias))
+    return norm, linear
 
 
 def _wide(tensor: Tensor) -> Tensor:

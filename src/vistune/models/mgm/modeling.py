@@ -7,6 +7,9 @@ are ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,17 +118,19 @@ class MGMForConditionalGeneration(SplicedLanguageModel):
 
     def low_features(self, pictures_NCYX: Tensor) -> Tensor:
         """Returns CLIP's features of the selected layer without the class token, [N, P, C]."""
-        pictures_NCYX = _as_weights(pictures_NCYX, self.vision_tower)
-        out = self.vision_tower(pictures_NCYX, output_hidden_states=True)
+        with _own_format(self.vision_tower, pictures_NCYX.device.type):
+            pictures_NCYX = _as_weights(pictures_NCYX, self.vision_tower)
+            out = self.vision_tower(pictures_NCYX, output_hidden_states=True)
         features: Tensor = out.hidden_states[self.config.vision_select_layer][:, 1:]
         return features
 
     def high_features(self, pixels_NCYX: Tensor) -> Tensor:
         """Returns the ConvNeXt's joined map, [N, C, Y, X]."""
-        stages: list[Tensor] = self.vision_tower_aux(
-            _as_weights(pixels_NCYX, self.vision_tower_aux)
-        )
-        return joined_map(stages)
+        with _own_format(self.vision_tower_aux, pixels_NCYX.device.type):
+            stages: list[Tensor] = self.vision_tower_aux(
+                _as_weights(pixels_NCYX, self.vision_tower_aux)
+            )
+            return joined_map(stages)
 
     def paired_features(self, pixels_NCYX: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns what the mining compares.
@@ -148,7 +153,7 @@ class MGMForConditionalGeneration(SplicedLanguageModel):
         if whole is None:
             return low, parts, None
         low = torch.cat((self.low_features(whole)[:, None], low), dim=1)
-        return low, parts, _resized(maps.float(), maps.shape[-1] // grid).to(maps.dtype)
+        return low, parts, _resized(maps, maps.shape[-1] // grid)
 
     def image_embeddings(self, pixels_NCYX: Tensor) -> Tensor:
         """Returns what images become before Gemma's embedding factor: [N, K, D].
@@ -221,6 +226,17 @@ class MGMForConditionalGeneration(SplicedLanguageModel):
 
 def _resized(pictures_NCYX: Tensor, side: int) -> Tensor:
     return F.interpolate(pictures_NCYX, size=(side, side), mode="bilinear", align_corners=False)
+
+
+@contextmanager
+def _own_format(tower: nn.Module, kind: str) -> Iterator[None]:
+    """Runs a frozen tower in its weights' format: autocast would make every norm's input fp32."""
+    trains = any(p.requires_grad for p in tower.parameters())
+    with (
+        torch.autocast(kind, enabled=trains and torch.is_autocast_enabled(kind)),
+        torch.set_grad_enabled(trains and torch.is_grad_enabled()),
+    ):
+        yield
 
 
 def _as_weights(states: Tensor, module: nn.Module) -> Tensor:
