@@ -54,6 +54,7 @@ def byte_level(expression: str | None) -> Any:
 
 LLAMA = llama_tokenizer(extra=MARKERS)
 ENCODERS: dict[str, Encoder] = {
+    "llama/vicuna_v0": make_encoder("vicuna_v0", LLAMA),
     "llama/vicuna_v1": make_encoder("vicuna_v1", LLAMA),
     "llama/llama_2": make_encoder("llama_2", LLAMA),
     "llama/plain": make_encoder("plain", LLAMA),

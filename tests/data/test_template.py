@@ -42,6 +42,8 @@ def show(segments: list[Segment]) -> str:
 
 
 GOLDEN = {
+    "vicuna_v0": f"{CURIOUS.replace('user', 'human')}\n\n⟦### Human⟧: <image>\nQ1\n"
+    "⟦### Assistant: A1\n### Human⟧: Q2\n⟦### Assistant: A2\n### ⟧",
     "vicuna_v1": f"{CURIOUS} USER: <image>\nQ1 ASSISTANT:⟦ A1</s>⟧USER: Q2 ASSISTANT:⟦ A2</s>⟧",
     "mpt": "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The"
     " assistant gives helpful and honest answers.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
@@ -93,13 +95,27 @@ def test_generation_prompt_is_the_training_prompt_cut_before_the_answer() -> Non
     for name in TEMPLATES:
         if name in ("plain", "cogvlm2_base", "paligemma"):  # one question, or none
             continue
-        if name.startswith("visualglm"):  # its first learnt token stands in the prompt as well
+        if name.startswith(("visualglm", "vicuna_v0")):  # what opens an answer is learnt as well
             continue
         template = TEMPLATES.get(name)
         whole = show(template.segments(TURNS))
         prompt = show(template.segments(TURNS[:3], add_generation_prompt=True))
         assert whole.startswith(prompt), name
         assert whole[len(prompt)] == "⟦", name
+
+
+def test_vicuna_v0_asks_with_the_words_it_learns() -> None:
+    template = TEMPLATES.get("vicuna_v0")
+    whole = show(template.segments(TURNS))
+    prompt = show(template.segments(TURNS[:3], add_generation_prompt=True))
+    assert prompt.endswith(": Q2\n### Assistant:")
+    assert (
+        whole.replace("⟦", "").replace("⟧", "").startswith(prompt.replace("⟦", "").replace("⟧", ""))
+    )
+    assert template.shown(" A2") == "A2" and template.stop == ("\n###",)
+    # An answer without words is closed, and answered with nothing but its marks.
+    empty = show(template.segments((TURNS[2], Turn("assistant", ("",)))))
+    assert empty.endswith("Q2\n⟦### Assistant: \n### ⟧")
 
 
 def test_system_prompts_of_row_recipe_and_template() -> None:

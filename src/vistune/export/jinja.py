@@ -85,6 +85,8 @@ def _pieces(template: PieceTemplate, system: str | None) -> str:
     only_images = "true" if template.caption_only else "false"
     again = template.user_open if template.user_reopen is None else template.user_reopen
     closing = "true" if template.close_empty else "said"
+    mark = f"{{{{- {_literal(template.user_mark)} -}}}}\n" if template.user_mark else ""
+    closed = f"{{%- else -%}}\n{{{{- {_literal(template.end)} -}}}}\n" if template.end else ""
     before = "" if template.system_in_user else "{{- block -}}\n"
     inside = "{%- if loop.first -%}{{ block }}{%- endif -%}\n" if template.system_in_user else ""
     return (
@@ -98,6 +100,7 @@ def _pieces(template: PieceTemplate, system: str | None) -> str:
         f"{before}"
         "{%- for message in messages -%}\n"
         "{%- if message['role'] == 'user' -%}\n"
+        f"{mark}"
         f"{{{{- {_literal(template.user_open)} if loop.first else {_literal(again)} -}}}}\n"
         f"{inside}"
         f"{{{{- say(message, {only_images}) -}}}}\n"
@@ -113,5 +116,6 @@ def _pieces(template: PieceTemplate, system: str | None) -> str:
         "{%- endfor -%}\n"
         "{%- if add_generation_prompt -%}\n"
         f"{{{{- {_literal(template.answer_cue)} -}}}}\n"
+        f"{closed}"
         "{%- endif -%}\n"
     )

@@ -201,10 +201,10 @@ class DataConfig(Section):
     train: tuple[SourceConfig, ...]
     """The datasets."""
     template: str = "auto"
-    """Chat template: plain, vicuna_v1, llama_2, mpt, chatml, internlm2_chat, qwen, llama3, gemma,
-    cogvlm2_chat, cogvlm2_vqa, cogvlm2_base, visualglm_zh, visualglm_en, paligemma (one prompt and
-    its answer), or `tokenizer` for the tokenizer's own. `auto`: the tokenizer's own, or that of the
-    model family or checkpoint gone on from."""
+    """Chat template: plain, vicuna_v0, vicuna_v1, llama_2, mpt, chatml, internlm2_chat, qwen,
+    llama3, gemma, cogvlm2_chat, cogvlm2_vqa, cogvlm2_base, visualglm_zh, visualglm_en, paligemma
+    (one prompt and its answer), or `tokenizer` for the tokenizer's own. `auto`: the tokenizer's
+    own, or that of the model family or checkpoint gone on from."""
     system: str | None = None
     """System prompt; the template's default when left out."""
     image: ImageConfig = ImageConfig()

@@ -20,10 +20,10 @@ from vistune.types import Turn
 class PieceTemplate(ChatTemplate):
     """A template in which every turn is its text between fixed strings.
 
-    A conversation is: the system block, then per turn `user_open` text `user_close` and
-    `answer_cue` `answer_open` text `answer_close` `answer_gap`; of these, `answer_open`, the answer
-    and `answer_close` are learnt. A generation prompt ends after `answer_cue`; so does an answer
-    with no text at all, unless `close_empty`.
+    A conversation is: the system block, then per turn `user_mark` `user_open` text `user_close` and
+    `answer_cue` `answer_open` text `answer_close` `answer_gap`, then `end`; of these, `user_mark`,
+    `answer_open`, the answer, `answer_close` and `end` are learnt. A generation prompt ends after
+    `answer_cue`; so does an answer with no text at all, unless `close_empty`.
     """
 
     kind: Literal["pieces"] = "pieces"
@@ -36,6 +36,8 @@ class PieceTemplate(ChatTemplate):
     """Behind the system prompt."""
     system_in_user: bool = False
     """The system block stands inside the first user turn, behind `user_open`."""
+    user_mark: str = ""
+    """In front of `user_open`. Learnt: where nothing ends an answer, the next turn's mark does."""
     user_open: str = ""
     """In front of a user's text."""
     user_reopen: str | None = None
@@ -43,13 +45,17 @@ class PieceTemplate(ChatTemplate):
     user_close: str = ""
     """Behind a user's text."""
     answer_cue: str = ""
-    """What tells the model to answer. Not learnt."""
+    """What tells the model to answer. Not learnt, unless `learn_cue`."""
+    learn_cue: bool = False
+    """`answer_cue` is learnt."""
     answer_open: str = ""
     """In front of an answer. Learnt."""
     answer_close: str = ""
     """Behind an answer. Learnt."""
     answer_gap: str = ""
     """Behind that. Not learnt."""
+    end: str = ""
+    """Behind the last turn. Learnt."""
     close_empty: bool = False
     """An answer with no text still gets `answer_open` and `answer_close`."""
     caption_only: bool = False
@@ -82,6 +88,7 @@ class PieceTemplate(ChatTemplate):
         for index, turn in enumerate(rest):
             if turn.speaker == "user":
                 first = index == 0 or self.user_reopen is None
+                _write(out, self.user_mark, is_target=True)
                 _write(out, self.user_open if first else self.user_reopen or "")
                 if index == 0 and self.system_in_user:
                     _write(out, block)
@@ -91,6 +98,8 @@ class PieceTemplate(ChatTemplate):
                 self._answer(out, turn)
         if add_generation_prompt:
             _write(out, self.answer_cue)
+        else:
+            _write(out, self.end, is_target=True)
         return out
 
     def stretches(self, turns: Sequence[Turn], system: str | None = None) -> list[Stretch]:
@@ -105,6 +114,9 @@ class PieceTemplate(ChatTemplate):
         out: list[Stretch] = []
         for index, turn in enumerate(rest):
             if turn.speaker == "user":
+                if self.user_mark:
+                    out += [(text, False), (self.user_mark, True)]
+                    text = ""
                 text += reopen if index else self.user_open
                 if index == 0 and self.system_in_user:
                     text += block
@@ -117,12 +129,12 @@ class PieceTemplate(ChatTemplate):
                 text += self.user_close
                 continue
             answer = turn.text
-            out.append((text + self.answer_cue, False))
+            out += [(text, False), (self.answer_cue, self.learn_cue)]
             text = ""
             if answer or self.close_empty:
                 out.append((f"{self.answer_open}{answer}{self.answer_close}", True))
                 text = self.answer_gap
-        out.append((text, False))
+        out += [(text, False), (self.end, True)]
         return [stretch for stretch in out if isinstance(stretch, int) or stretch[0]]
 
     def frame(self, system: str | None = None) -> Frame | None:
@@ -132,17 +144,22 @@ class PieceTemplate(ChatTemplate):
         prompt = self.system_default if system is None else system
         block = "" if not prompt else f"{self.system_open}{prompt}{self.system_close}"
         reopen = self.user_open if self.user_reopen is None else self.user_reopen
-        first = (self.user_open, block) if self.system_in_user else (block, self.user_open)
-        cue, close = (self.user_close + self.answer_cue, False), (self.answer_close, True)
+        before, inside = ("", block) if self.system_in_user else (block, "")
+        mark, close = (self.user_mark, True), (self.answer_close, True)
+        gap = (self.answer_gap, False)
         return Frame(
-            first=(("".join(first), False),),
-            answer=(cue, (self.answer_open, True)),
-            ask=(close, (self.answer_gap + reopen, False)),
-            end=(close, (self.answer_gap, False)),
+            first=_joined((before, False), mark, (self.user_open + inside, False)),
+            answer=_joined(
+                (self.user_close, False),
+                (self.answer_cue, self.learn_cue),
+                (self.answer_open, True),
+            ),
+            ask=_joined(close, gap, mark, (reopen, False)),
+            end=_joined(close, gap, (self.end, True)),
         )
 
     def _answer(self, out: list[Segment], turn: Turn) -> None:
-        _write(out, self.answer_cue)
+        _write(out, self.answer_cue, is_target=self.learn_cue)
         if not turn.text and not self.close_empty:
             return
         _write(out, self.answer_open, is_target=True)
@@ -166,6 +183,17 @@ class PieceTemplate(ChatTemplate):
 def _write(out: list[Segment], text: str, *, is_target: bool = False) -> None:
     if text:
         out.append(Segment(text=text, is_target=is_target, is_template=True))
+
+
+def _joined(*pieces: tuple[str, bool]) -> tuple[tuple[str, bool], ...]:
+    """Returns texts in order, neighbours of one kind as one; an empty one where there is none."""
+    out: list[tuple[str, bool]] = []
+    for text, is_learnt in pieces:
+        if out and text and out[-1][1] == is_learnt:
+            out[-1] = (out[-1][0] + text, is_learnt)
+        elif text:
+            out.append((text, is_learnt))
+    return tuple(out) or (("", False),)
 
 
 def _say(out: list[Segment], turn: Turn, *, only_images: bool) -> None:

@@ -13,6 +13,10 @@ _CURIOUS_USER = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
     " helpful, detailed, and polite answers to the user's questions."
 )
+_CURIOUS_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the human's questions."
+)
 _LANGUAGE_AND_VISION = (
     "You are a helpful language and vision assistant. You are able to understand the visual content"
     " that the user provides, and assist the user with a variety of tasks using natural language."
@@ -29,6 +33,23 @@ _PLAIN = PieceTemplate(
     close_empty=True,
     caption_only=True,
     stop=("\n",),
+)
+_VICUNA_V0 = PieceTemplate(
+    # The first LLaVA and Vicuna v0. No token ends an answer: the mark of the next turn does, so the
+    # marks are learnt, a person's too.
+    name="vicuna_v0",
+    system_default=_CURIOUS_HUMAN,
+    system_close="\n\n",
+    user_mark="### Human",
+    user_open=": ",
+    user_close="\n",
+    answer_cue="### Assistant:",
+    learn_cue=True,
+    answer_open=" ",
+    answer_close="\n",
+    end="### ",
+    close_empty=True,
+    stop=("\n###",),
 )
 _VICUNA_V1 = PieceTemplate(
     # LLaVA-1.5 and Vicuna v1.1. No space after the colon of a generation prompt: the space is the
@@ -119,6 +140,7 @@ TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
 
 for _template in (
     _PLAIN,
+    _VICUNA_V0,
     _VICUNA_V1,
     _LLAMA_2,
     _MPT,
