@@ -66,6 +66,25 @@ def test_one_named_that_does_not_suit_is_an_error(
     assert raised.value.where == "train.attention"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "support", "extra"),
+    [
+        ("flash_attn", CUDA, "flash"),
+        ("cudnn", CUDA, "cudnn"),
+        ("npu", AttentionSupport("npu"), "npu"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    wanted: Any, support: AttentionSupport, extra: str
+) -> None:
+    with pytest.raises(DeviceError) as raised:
+        choose_attention(wanted, support, BF16)
+    assert f"pip install 'vistune[{extra}]', or set train.attention=auto" in str(raised.value)
+    with pytest.raises(DeviceError) as raised:  # no package would help here
+        choose_attention(wanted, AttentionSupport("cpu"), BF16)
+    assert "pip" not in str(raised.value)
+
+
 def test_one_named_that_suits_is_taken() -> None:
     assert choose_attention("flex", CUDA, BF16).name == "flex"
     assert choose_attention("sdpa", CUDA, CAPPED).name == "sdpa"

@@ -21,6 +21,8 @@ def test_an_absent_device_is_an_error_not_a_fallback():
     with pytest.raises(DeviceError, match="'cuda' is not available"):
         select_device("cuda")
     assert select_device("auto").kind == "cpu"
+    with pytest.raises(DeviceError, match=r"present: cpu\n"):
+        select_device("npu")
 
 
 def test_seeding_repeats_every_generator():

@@ -166,7 +166,7 @@ def test_a_finished_run_says_so(tmp_path):
     assert (tmp_path / "r" / "metrics.jsonl").read_text() == before
 
 
-def test_rehearsal_of_the_heaviest_step_leaves_no_trace(tmp_path):
+def test_rehearsal_of_the_heaviest_steps_leaves_no_trace(tmp_path):
     seen: list[int] = []
 
     class Watched(FakeData):
@@ -175,8 +175,11 @@ def test_rehearsal_of_the_heaviest_step_leaves_no_trace(tmp_path):
             return super().steps(start_step)
 
     run(resolved_recipe(tmp_path / "a"))
-    run(resolved_recipe(tmp_path / "b"), data=Watched(), heaviest_step=5)
-    assert seen == [5, 0]
+    said = Console(file=io.StringIO(), width=200)
+    heavy = {5: "the row with most image tokens", 2: "the longest row"}
+    run(resolved_recipe(tmp_path / "b"), data=Watched(), rehearsals=heavy, console=said)
+    assert seen == [5, 2, 0]
+    assert "rehearsed: the row with most image tokens, the longest row" in said.file.getvalue()
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
@@ -188,8 +191,29 @@ def test_out_of_memory_says_when_and_what_to_turn(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="at step 1") as caught:
         run(resolved_recipe(tmp_path / "a"))
     assert "batch.max_tokens (4096)" in str(caught.value) and "11 tokens" in str(caught.value)
-    with pytest.raises(TrainingError, match="rehearsing the heaviest step"):
-        run(resolved_recipe(tmp_path / "b"), heaviest_step=3)
+    with pytest.raises(TrainingError, match="rehearsing the longest row, before the first step"):
+        run(resolved_recipe(tmp_path / "b"), rehearsals={3: "the longest row"})
+
+
+def test_a_real_allocation_that_fails_is_explained(tmp_path, monkeypatch):
+    # Not a stand-in: the CPU's own allocator is asked for more than any machine has.
+    def too_much(*args, **options):
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(fit_module, "backward_step", too_much)
+    with pytest.raises(TrainingError, match="ran out of memory at step 1") as caught:
+        run(resolved_recipe(tmp_path / "a", tune={"vision": {"mode": "full"}}))
+    assert "train.checkpoint_layers (0)" in str(caught.value)
+    assert "batch.max_image_tokens" in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(fit_module, "backward_step", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(resolved_recipe(tmp_path / "a"))
 
 
 def test_changed_recipe_is_refused_by_key(tmp_path):

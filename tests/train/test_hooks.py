@@ -3,11 +3,13 @@ import json
 import random
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_fakes import FakeVLM
 
+from vistune.errors import TrainingError
 from vistune.train.hooks import ConsoleHook, MetricsHook, SampleAnswersHook, TensorBoardHook
 from vistune.train.hooks.samples import Answer
 from vistune.train.record import StepRecord
@@ -132,3 +134,19 @@ def test_sample_answers_disturb_nothing(tmp_path):
     assert names == [f"step_{step:08d}.txt" for step in (0, 2, 4, 5)]
     text = (tmp_path / "samples" / "step_00000002.txt").read_text()
     assert "cat.png" in text and "What is it?" in text and "a cat\nor two" in text
+
+
+def test_answers_that_do_not_fit_say_what_to_lower(tmp_path):
+    def ask() -> list[Answer]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = SampleAnswersHook(
+        ask,
+        model=FakeVLM(),
+        folder=tmp_path,
+        every_steps=None,
+        tensorboard=None,
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(TrainingError, match=r"sample questions(.|\n)*sample\.max_new_tokens"):
+        hook.on_start(0)

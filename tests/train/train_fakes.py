@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,12 +163,13 @@ def run(
     data: FakeData | None = None,
     dropout: float = 0.3,
     console: Console | None = None,
-    heaviest_step: int | None = None,
+    rehearsals: Mapping[int, str] | None = None,
 ) -> TrainResult:
     """Trains the fake model as `train` would the real one."""
     console = console or Console(quiet=True)
     recipe = resolved.recipe
     with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
+        opened.discard_earlier()
         opened.directory.record_start(
             resolved, versions={}, device="test", resumed_from=opened.progress.step
         )
@@ -206,6 +207,6 @@ def run(
                     ConsoleHook(console, total_steps=total, live=False),
                 ],
                 console=console,
-                heaviest_step=heaviest_step,
+                rehearsals=rehearsals or {},
             )
         )

@@ -80,7 +80,7 @@ def select_device(device: str = "auto", dtype: str = "auto") -> Device:
     if kind != "cpu" and kind != _first_accelerator():
         raise DeviceError(
             f"device '{kind}' is not available to torch {torch.__version__}",
-            expected=f"present: cpu, {_first_accelerator()}",
+            expected=f"present: {', '.join(dict.fromkeys(('cpu', _first_accelerator())))}",
             fix="set device=auto, or install the torch build for this device",
         )
     note = ""

@@ -14,6 +14,13 @@ AttentionName: TypeAlias = Literal["varlen", "cudnn", "flex", "sdpa", "npu", "fl
 WantedAttention: TypeAlias = Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 256
+_USUAL_HEAD = 64
+_PACKAGES: dict[str, tuple[str, str]] = {
+    "npu": ("torch_npu", "npu"),
+    "cudnn": ("nvidia-cudnn-frontend", "cudnn"),
+    "flash_attn": ("flash-attn", "flash"),
+}
+"""The package that a way of computing attention needs, and the extra that brings it."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +108,12 @@ def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeed
     """
     if name == "sdpa":
         return None
-    at_home = "npu" if name == "npu" else "cuda"
-    if support.kind != at_home:
-        return f"it trains on {at_home} only, the device is {support.kind}"
-    if name == "npu" and not support.npu:
-        return "torch_npu is not installed"
-    if name == "cudnn":
-        if not support.cudnn:
-            return "nvidia-cudnn-frontend is not installed"
-        if not support.hopper:
-            return "its kernels are used on compute capability 9.0"
-    if name == "flash_attn" and support.flash is None:
-        return "flash-attn is not installed"
+    if support.kind != _home(name):
+        return f"it trains on {_home(name)} only, the device is {support.kind}"
+    if _lacks_package(name, support):
+        return f"{_PACKAGES[name][0]} is not installed"
+    if name == "cudnn" and not support.hopper:
+        return "its kernels are used on compute capability 9.0"
     if name == "flex":
         if needs.dropout:
             return "the model drops attention weights"
@@ -132,6 +133,29 @@ def why_not(name: AttentionName, support: AttentionSupport, needs: AttentionNeed
     return None
 
 
+def _home(name: AttentionName) -> str:
+    return "npu" if name == "npu" else "cuda"
+
+
+def _lacks_package(name: AttentionName, support: AttentionSupport) -> bool:
+    there = {"npu": support.npu, "cudnn": support.cudnn, "flash_attn": support.flash is not None}
+    return not there.get(name, True)
+
+
+def require_attention(wanted: WantedAttention, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses what no model could have on this device, before any model is looked at.
+
+    Args:
+        wanted: `train.attention` of the recipe.
+        device: Where it would run.
+        dtype: Format of the arithmetic.
+
+    Raises:
+        DeviceError: Device, package or number format stand in the way.
+    """
+    choose_attention(wanted, AttentionSupport.of(device), AttentionNeeds(_USUAL_HEAD, dtype))
+
+
 def choose_attention(
     wanted: WantedAttention, support: AttentionSupport, needs: AttentionNeeds
 ) -> AttentionChoice:
@@ -148,10 +172,13 @@ def choose_attention(
     if wanted != "auto":
         obstacle = why_not(wanted, support, needs)
         if obstacle is not None:
+            at_home = support.kind == _home(wanted)
+            lacks = at_home and _lacks_package(wanted, support)
+            install = f"pip install 'vistune[{_PACKAGES[wanted][1]}]', or " if lacks else ""
             raise DeviceError(
                 f"attention '{wanted}' cannot be used: {obstacle}",
                 where="train.attention",
-                fix="set train.attention=auto",
+                fix=f"{install}set train.attention=auto",
             )
         return AttentionChoice(wanted, "as the recipe says")
     passed_over: list[str] = []

@@ -1,12 +1,15 @@
-"""The optional package for 8- and 4-bit numbers, imported only when a recipe asks for it."""
+"""Numbers of 8 and 4 bits: what multiplies them, asked for before anything is loaded."""
 
 from __future__ import annotations
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from vistune.errors import MissingExtraError
+import torch
+
+from vistune.errors import DeviceError, MissingExtraError
 
 _KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
 
@@ -40,3 +43,33 @@ def import_bitsandbytes(purpose: str) -> Any:
         return import_module("bitsandbytes")
     except ImportError as error:
         raise MissingExtraError.of("bitsandbytes", extra="qlora", purpose=purpose) from error
+
+
+def require_bitsandbytes(purpose: str) -> None:
+    """Refuses what needs `bitsandbytes` where it is not installed; imports nothing.
+
+    Args:
+        purpose: The setting that needs it, for the message.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError.of("bitsandbytes", extra="qlora", purpose=purpose)
+
+
+def require_fp8(device: torch.device) -> None:
+    """Refuses frozen weights in FP8 on a device that does not multiply them.
+
+    Raises:
+        DeviceError: It does not.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return
+    raise DeviceError(
+        "this device does not multiply FP8",
+        where="tune.language.frozen_format",
+        got=str(device),
+        expected="an NVIDIA GPU of compute capability 8.9 or higher",
+        fix="set tune.language.frozen_format=same",
+    )

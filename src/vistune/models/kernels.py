@@ -208,22 +208,35 @@ def _obstacle(wanted: str, *, fused: bool, device: torch.device, given: bool) ->
         return "fused layers bring their own"
     if given:
         return None
-    if device.type != "cuda" or find_spec("triton") is None:
-        if asked:
-            raise DeviceError(
-                "liger-kernel needs a device that Triton compiles for",
-                where="train.kernels",
-                got=str(device),
-                fix="set train.kernels=auto",
-            )
+    if asked:
+        require_liger(device)
+    if not _has_triton(device):
         return f"Triton does not run on {device.type}"
     if find_spec("liger_kernel") is None:
-        if asked:
-            raise MissingExtraError.of(
-                "liger_kernel", extra="kernels", purpose="train.kernels=liger"
-            )
         return "liger-kernel is not installed: pip install 'vistune[kernels]'"
     return None
+
+
+def require_liger(device: torch.device) -> None:
+    """Refuses liger-kernel where it is not there or cannot run; imports nothing.
+
+    Raises:
+        DeviceError: Triton does not compile for the device.
+        MissingExtraError: The package is not installed.
+    """
+    if not _has_triton(device):
+        raise DeviceError(
+            "liger-kernel needs a device that Triton compiles for",
+            where="train.kernels",
+            got=str(device),
+            fix="set train.kernels=auto",
+        )
+    if find_spec("liger_kernel") is None:
+        raise MissingExtraError.of("liger_kernel", extra="kernels", purpose="train.kernels=liger")
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def _replace(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 from vistune.errors import NonFiniteError, TrainingError
 from vistune.recipe import Recipe
@@ -34,32 +37,78 @@ def nonfinite_error(
     )
 
 
-def out_of_memory_error(
-    error: Exception,
-    rows: Sequence[Batch],
-    recipe: Recipe,
-    *,
-    what: str,
-    where: str,
-    advice: Callable[[Sequence[Batch]], str] | None,
-) -> TrainingError:
-    """Returns the error of a step that did not fit, with the setting that would.
+@contextmanager
+def out_of_memory_explained(
+    *, what: str, where: str, fix: Callable[[], str], got: str = ""
+) -> Iterator[None]:
+    """Within this, a device that runs out of memory is an error that says what to turn.
 
     Args:
-        error: What the device said.
-        rows: The rows of the step.
-        recipe: The recipe.
-        what: When it happened.
+        what: When it happens.
         where: The device.
+        fix: Says what would help; asked only when it happens.
+        got: What was being computed.
+
+    Raises:
+        TrainingError: The device is out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(
+            f"the device ran out of memory {what}",
+            where=where,
+            got="; ".join(filter(None, (got, said[0]))),
+            fix=fix(),
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device (or the host, for a CPU) had no memory left.
+
+    CUDA has a class of its own for it; other devices, a CPU and cuBLAS only say so.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return any(
+        words in said for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    )
+
+
+def step_fix(
+    recipe: Recipe, rows: Sequence[Batch], advice: Callable[[Sequence[Batch]], str] | None
+) -> str:
+    """Returns what makes a step fit that did not.
+
+    Args:
+        recipe: The recipe, settled.
+        rows: The rows of the step.
         advice: Names the setting that is predicted to fit.
     """
-    longest = max(row.num_tokens for row in rows)
-    return TrainingError(
-        f"the device ran out of memory {what}",
-        where=where,
-        got=f"a row of {longest} tokens; {str(error).splitlines()[0]}",
-        fix=f"lower batch.max_tokens ({recipe.batch.max_tokens}) or raise"
-        f" train.checkpoint_layers ({recipe.train.checkpoint_layers}); a step may be"
-        " split into more rows without changing what is learnt"
-        + ("" if advice is None else f". {advice(rows)}"),
+    fix = (
+        f"lower batch.max_tokens ({recipe.batch.max_tokens}) or raise train.checkpoint_layers"
+        f" ({recipe.train.checkpoint_layers}); a step may be split into more rows without changing"
+        " what is learnt"
     )
+    if recipe.tune.vision.mode != "freeze":
+        fix += (
+            ". The tower trains: batch.max_image_tokens and train.checkpoint_tower_layers bound"
+            " what it keeps"
+        )
+    return fix if advice is None else f"{fix}. {advice(rows)}"
+
+
+def load_fix(recipe: Recipe) -> str:
+    """Returns what makes a model fit whose weights alone did not."""
+    language = recipe.tune.language
+    if language.mode == "full":
+        fewer = "tune.language.mode=lora holds them in 16 bits instead of 32, without gradients"
+    elif language.frozen_format == "nf4":
+        fewer = "take a smaller language model, or a larger device"
+    else:
+        fewer = "tune.language.frozen_format=nf4 holds them in about 4 bits (extra qlora)"
+    return f"{fewer}. `vistune plan` says what weights take; see that nothing else is on the device"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from vistune.errors import CheckpointError, DataError
 from vistune.parallel import SingleProcess, Strategy
 from vistune.recipe import Recipe, sizes
 from vistune.train import collector_paused
-from vistune.train.failures import nonfinite_error, out_of_memory_error
+from vistune.train.failures import nonfinite_error, out_of_memory_explained, step_fix
 from vistune.train.hooks import Hook
 from vistune.train.interrupt import StopRequest
 from vistune.train.opening import OpenRun
@@ -117,8 +117,8 @@ class Job:
         hooks: Made for the total number of steps.
         console: Where events are said.
         reads_tail: The model computes its last layer only where it is read.
-        heaviest_step: The step of data with the longest row, rehearsed before the first step so
-            that a device that is too small says so at once; None for no rehearsal.
+        rehearsals: Steps of data that need most memory, rehearsed before the first step so that a
+            device that is too small says so at once, each with what is most in it.
         strategy: How a step is spread over processes.
         cost: Counts the operations of a row; None where they are not known.
         peak_tflops: Matrix products measured on the device, TFLOP/s; None where they were not.
@@ -140,7 +140,7 @@ class Job:
     console: Console
     reads_tail: bool = False
     inherited: dict[str, torch.Tensor] = field(default_factory=dict)
-    heaviest_step: int | None = None
+    rehearsals: Mapping[int, str] = field(default_factory=dict)
     strategy: Strategy = field(default_factory=SingleProcess)
     cost: Callable[[Batch], int] | None = None
     peak_tflops: float | None = None
@@ -196,10 +196,10 @@ class _Steps:
         hooks = self.job.hooks(self.total_steps)
         try:
             with StopRequest() as stop:
+                self._rehearse(module)
                 with write_errors_explained(self.directory.path):
                     for hook in hooks:
                         hook.on_start(self.progress.step)
-                self._rehearse(module)
                 started_s = time.perf_counter()
                 self._loop(module, hooks, stop)
                 self._save()
@@ -281,22 +281,26 @@ class _Steps:
             self._after_step(sums, factor, hooks)
 
     def _rehearse(self, module: nn.Module) -> None:
-        """Runs the heaviest step's passes once and forgets them: weights and randomness stay."""
+        """Runs the heaviest steps' passes once and forgets them: weights and randomness stay."""
         job = self.job
-        if job.heaviest_step is None:
+        if not job.rehearsals:
             return
         state = random_state(job.device.torch_device)
-        # The longest row last: by then the gradients of the rows before it exist too.
-        rows = sorted(next(job.data.steps(job.heaviest_step)), key=lambda row: row.num_tokens)
-        what = "while rehearsing the heaviest step"
-        with self._out_of_memory_explained(rows, what=what):
-            # The optimizer makes its state at the first update, so a fresh run has none yet.
-            fresh = job.opened.trainer is None
-            reserved = self._optimizer_state_to_come(module) if fresh else []
-        self._backward(module, rows, what=what)
-        del reserved
-        job.strategy.step(lr_factor=None)
+        for data_step, most in job.rehearsals.items():
+            # The longest row last: by then the gradients of the rows before it exist too.
+            rows = sorted(next(job.data.steps(data_step)), key=lambda row: row.num_tokens)
+            what = f"while rehearsing {most}, before the first step"
+            with self._out_of_memory_explained(rows, what=what):
+                # The optimizer makes its state at the first update, so a fresh run has none yet.
+                fresh = job.opened.trainer is None
+                reserved = self._optimizer_state_to_come(module) if fresh else []
+            self._backward(module, rows, what=what)
+            del reserved
+            job.strategy.step(lr_factor=None)
         set_random_state(state, job.device.torch_device)
+        peak = job.device.peak_memory_gib()
+        said = "" if peak is None else f"; peak {peak:.1f} GiB"
+        job.console.print(f"rehearsed: {', '.join(job.rehearsals.values())}{said}", highlight=False)
 
     def _optimizer_state_to_come(self, module: nn.Module) -> list[torch.Tensor]:
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -474,15 +478,15 @@ class _Steps:
             peak_memory_gib=self.job.device.peak_memory_gib(),
         )
 
-    @contextmanager
-    def _out_of_memory_explained(self, rows: Sequence[Batch], *, what: str) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            name, advice = self.job.device.name, self.job.advice
-            raise out_of_memory_error(
-                error, rows, self.recipe, what=what, where=name, advice=advice
-            ) from error
+    def _out_of_memory_explained(
+        self, rows: Sequence[Batch], *, what: str
+    ) -> AbstractContextManager[None]:
+        return out_of_memory_explained(
+            what=what,
+            where=self.job.device.name,
+            got=f"a row of {max(row.num_tokens for row in rows)} tokens",
+            fix=lambda: step_fix(self.recipe, rows, self.job.advice),
+        )
 
 
 def append_json(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -38,6 +38,7 @@ from vistune.errors import DeviceError
 from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
 from vistune.train import collector_paused
 from vistune.train.engine import set_up_engine
+from vistune.train.failures import load_fix, out_of_memory_explained
 from vistune.train.fit import Job, TrainResult, append_json, fit, num_steps
 from vistune.train.hooks import (
     ConsoleHook,
@@ -54,6 +55,7 @@ from vistune.train.report import (
     print_result,
     print_tuning,
 )
+from vistune.train.requirements import require_engine
 from vistune.train.room import adviser, settled
 
 if TYPE_CHECKING:
@@ -90,23 +92,30 @@ def train(
     recipe = resolved.recipe
     launch = _one_process()
     device = _device(recipe, console)
+    require_engine(recipe, device)
     with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
+        peak_tflops = measure_matmul_tflops(device)  # it draws random numbers: before the seed
+        seed_everything(recipe.seed)
+        device.reset_peak_memory()
+        _import_engines()
+        blueprint = _blueprint(recipe, opened)
         with write_errors_explained(opened.directory.path):
+            opened.discard_earlier(needed=blueprint.checkpoint)
             opened.directory.record_start(
                 resolved,
                 versions=versions(),
                 device=device.name,
                 resumed_from=opened.progress.step,
             )
-        peak_tflops = measure_matmul_tflops(device)  # it draws random numbers: before the seed
-        seed_everything(recipe.seed)
-        device.reset_peak_memory()
-        _import_engines()
-        blueprint = _blueprint(recipe, opened)
         recipe = settled(recipe, blueprint, device, opened, console)
         advice = adviser(recipe, blueprint, device)
         data = _data(recipe, blueprint, opened, device, console, launch)
-        with collector_paused():
+        with (
+            collector_paused(),
+            out_of_memory_explained(
+                what="while the model was loaded", where=device.name, fix=lambda: load_fix(recipe)
+            ),
+        ):
             built = _model(recipe, blueprint, opened, device, console)
         total_steps = num_steps(recipe, data)
         print_tuning(built.tuning, recipe.train, console)
@@ -343,17 +352,27 @@ def _job(
         console=console,
         reads_tail=reads_tail,
         inherited=built.inherited,
-        heaviest_step=None if device.kind == "cpu" else _heaviest_step(data),
+        rehearsals={} if device.kind == "cpu" else _heaviest_steps(data),
         cost=row_cost(built.work, reads_tail=reads_tail),
     )
 
 
-def _heaviest_step(data: TrainData) -> int:
-    """Returns the step of the first epoch with the longest row."""
-    lengths: list[int] = data.report.lengths.tolist()
-    plans = itertools.islice(data.plans(0), data.steps_per_epoch(0))
-    longest = [max(sum(lengths[i] for i in row) for row in plan.rows) for plan in plans]
-    return longest.index(max(longest))
+def _heaviest_steps(data: TrainData) -> dict[int, str]:
+    """Returns the steps of the first epoch that need most memory, each with what is most in it.
+
+    The longest row fills the decoder, the row with most image tokens the tower: where rows are
+    packed full they need not be the same.
+    """
+    plans = list(itertools.islice(data.plans(0), data.steps_per_epoch(0)))
+    found: dict[int, str] = {}
+    for tokens, what in (
+        (data.report.image_tokens.tolist(), "the row with most image tokens"),
+        (data.report.lengths.tolist(), "the longest row"),
+    ):
+        most = [max(sum(tokens[i] for i in row) for row in plan.rows) for plan in plans]
+        if max(most) > 0:
+            found[most.index(max(most))] = what
+    return found
 
 
 def _digest(report: CheckReport) -> str:

@@ -61,19 +61,45 @@ class OpenRun:
         checkpoint: The checkpoint gone on from, or None.
         trainer: Its training state.
         progress: Where the run is.
+        resumed: Whether it goes on with what is there.
     """
 
     directory: RunDirectory
     checkpoint: Path | None
     trainer: Mapping[str, Any] | None
     progress: Progress
+    resumed: bool = True
+
+    def discard_earlier(self, *, needed: Path | None = None) -> None:
+        """Deletes what an earlier run left here, unless this run goes on with it.
+
+        Called once nothing but data and memory can stop the run any more, so that a recipe with a
+        mistake in it costs nobody a run.
+
+        Args:
+            needed: What this run reads while it starts, or None.
+
+        Raises:
+            CheckpointError: That lies here.
+        """
+        if self.resumed:
+            return
+        if needed is not None and needed.resolve().is_relative_to(self.directory.path.resolve()):
+            raise CheckpointError(
+                "the run would discard the checkpoint it goes on from",
+                where=str(self.directory.path),
+                got=f"model.from_checkpoint: {needed}",
+                fix="name another directory with run_dir=...",
+            )
+        if self.directory.recipe.is_file():  # without one, nothing in here is known to be ours
+            self.directory.discard_run()
 
 
 @contextmanager
 def open_run(
     resolved: ResolvedRecipe, *, resume: bool, overwrite: bool, console: Console
 ) -> Iterator[OpenRun]:
-    """Opens the recipe's run directory and holds it until the context ends.
+    """Opens the recipe's run directory and holds it until the context ends; deletes nothing yet.
 
     Args:
         resolved: The recipe.
@@ -93,14 +119,20 @@ def open_run(
             fix="leave out --resume to start one",
         )
     if not resume:
-        directory.open_new(overwrite=overwrite)
+        # A start that ended before its first step left nothing to lose.
+        directory.open_new(overwrite=overwrite or not _has_steps(directory))
     with directory.lock():
         if not resume:
-            if directory.recipe.is_file():  # without one, nothing in here is known to be ours
-                directory.discard_run()
-            yield OpenRun(directory, None, None, Progress())
+            yield OpenRun(directory, None, None, Progress(), resumed=False)
             return
         yield _resume(directory, resolved, console)
+
+
+def _has_steps(directory: RunDirectory) -> bool:
+    """Whether a run in this directory did any step that was written down."""
+    logged = directory.metrics.is_file() and directory.metrics.stat().st_size > 0
+    saved = directory.checkpoints.is_dir() and any(directory.checkpoints.iterdir())
+    return logged or saved
 
 
 def _resume(directory: RunDirectory, resolved: ResolvedRecipe, console: Console) -> OpenRun:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 
 from vistune import _compat
-from vistune.errors import DeviceError, ModelError
+from vistune.device.bits import require_fp8
+from vistune.errors import ModelError
 from vistune.models.compose import ComposedVLM
 from vistune.models.fused.trunk import FusedTrunk, NotFusable, fuse
 from vistune.models.mgm import MGMForConditionalGeneration
@@ -41,7 +41,7 @@ def install_fused(
     """
     device = next(model.parameters()).device
     if fp8:
-        _check_fp8(device)
+        require_fp8(device)
     wanted = mode == "on" or fp8 or (mode == "auto" and device.type == "cuda")
     if not wanted:
         return "decoder layers: transformers' own"
@@ -79,15 +79,3 @@ def fused_trunk(model: nn.Module) -> FusedTrunk | None:
     if isinstance(model, ComposedVLM | MGMForConditionalGeneration):
         return model.fused
     return None
-
-
-def _check_fp8(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        return
-    raise DeviceError(
-        "this device does not multiply FP8",
-        where="tune.language.frozen_format",
-        got=str(device),
-        expected="an NVIDIA GPU of compute capability 8.9 or higher",
-        fix="set tune.language.frozen_format=same",
-    )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vistune.train.failures import out_of_memory_explained
 from vistune.train.hooks.base import Hook
 from vistune.train.hooks.tensorboard import TensorBoardHook
 from vistune.train.state import random_state, set_random_state
@@ -74,7 +75,17 @@ class SampleAnswersHook(Hook):
             self._write(step)
 
     def _write(self, step: int) -> None:
-        with undisturbed(self._model, self._device):
+        with (
+            undisturbed(self._model, self._device),
+            out_of_memory_explained(
+                what="while answering sample questions",
+                where=str(self._device),
+                fix=lambda: (
+                    "lower sample.max_new_tokens, or ask fewer sample.prompts of fewer"
+                    " sample.images"
+                ),
+            ),
+        ):
             answers = self._ask()
         self._folder.mkdir(parents=True, exist_ok=True)
         text = "\n\n".join(
