@@ -68,6 +68,45 @@ def test_grid_counts_what_the_tower_makes(shelf: Path, vision: str) -> None:
         assert found.shape[1] == facts.grid.num_tokens(height, width)
 
 
+def test_code_in_a_directory_is_neither_run_nor_asked_about(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def answer(*question: object) -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    trap = f"open({str(tmp_path / 'was run')!r}, 'w')\n"
+    base = parts(shelf).language_model
+    assert base is not None
+    for what, file in (("tokenizer", "tokenizer_config.json"), ("config", "config.json")):
+        folder = tmp_path / what
+        shutil.copytree(base.path, folder)
+        settings = json.loads((folder / file).read_text())
+        settings |= {"model_type": "of_its_own", "tokenizer_class": "OwnTokenizer"}
+        key = "AutoConfig" if what == "config" else "AutoTokenizer"
+        name = "own_code.Own" if what == "config" else ["own_code.OwnTokenizer", None]
+        (folder / file).write_text(json.dumps(settings | {"auto_map": {key: name}}))
+        (folder / "own_code.py").write_text(trap)
+        tree = parts(shelf).model_dump(mode="json")
+        tree["language_model"]["path"] = str(folder)
+        with pytest.raises(ModelError, match=what):
+            describe(ModelConfig.model_validate(tree))
+    assert not asked and not (tmp_path / "was run").exists()
+
+
+def test_a_config_that_transformers_refuses_is_named(shelf: Path, tmp_path: Path) -> None:
+    tower = parts(shelf, vision="clip").vision_tower
+    assert tower is not None
+    shutil.copytree(tower.path, tmp_path / "tower")
+    file = tmp_path / "tower" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 7}))
+    with pytest.raises(ModelError, match=r"tower(.|\n)*multiple"):
+        read_vision_config(VisionTowerConfig(path=str(tmp_path / "tower")))
+
+
 @pytest.mark.parametrize("layer", [-4, -3, -2, -1, 0, 1, 2, 3])
 @pytest.mark.parametrize("vision", ["clip", "siglip", "vit", "dinov2"])
 def test_layer_is_an_index_into_hidden_states(shelf: Path, vision: str, layer: int) -> None:

@@ -137,12 +137,12 @@ def _read_config(path: str, *, key: str, **arguments: Any) -> Any:
         )
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(path, **arguments)
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, **arguments)
     except ImportError as error:
         if "gguf" in str(error).lower():
             raise MissingExtraError.of("gguf", extra="gguf", purpose="a GGUF file") from error
         raise hub_error(error, path=path, key=key) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # configs fail in many ways, all of them the user's to mend
         raise hub_error(error, path=path, key=key) from error
 
 
@@ -291,7 +291,8 @@ def load_tokenizer(path: str, *, key: str, **arguments: Any) -> tuple[Any, int]:
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+            # Left out, transformers asks on the terminal whether to run a directory's own code.
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **arguments)
     except Exception as error:  # tokenizer files fail in many ways, all of them the user's to mend
         raise hub_error(error, path=path, key=key) from error
     return tokenizer, image_token_of(tokenizer)

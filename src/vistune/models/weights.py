@@ -65,7 +65,10 @@ def part_path(path: str, *, key: str) -> str:
 
 def hub_error(error: Exception, *, path: str, key: str) -> ModelError:
     """Returns the message for a part that transformers could not read."""
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = (lines or [type(error).__name__])[0]
+    if first.endswith(":"):  # a heading says nothing without what stands below
+        first = " ".join(lines[:2])
     local = Path(path).is_dir()
     return ModelError(
         "its files cannot be read" if local else "it is no local directory and not on the hub",

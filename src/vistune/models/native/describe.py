@@ -52,8 +52,8 @@ def describe_native(folder: Path) -> ModelFacts:
         )
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # these files fail in many ways, all of them the user's to mend
         raise hub_error(error, path=str(folder), key=KEY) from error
     family = family_of(config)
