@@ -13,7 +13,16 @@ from vistune.errors import DeviceError
 def test_a_cpu_computes_in_fp32_unless_told_otherwise():
     assert select_device("cpu").dtype is torch.float32
     assert select_device("cpu", "bf16").dtype is torch.bfloat16
-    assert select_device("cpu").peak_memory_gib() is None
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_process():
+    device = select_device("cpu")
+    before = device.peak_memory_gib()
+    assert before is not None and before > 0.05  # torch alone takes more
+    held = np.ones(int((before + 0.05) * 2**30), dtype=np.uint8)  # more than it ever had in all
+    after = device.peak_memory_gib()
+    assert after is not None and before + 0.05 < after < 2 * before + 0.1
+    del held
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is present")

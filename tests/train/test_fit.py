@@ -35,7 +35,7 @@ def test_run_learns_and_writes_everything(tmp_path):
     assert seen[-1][1] < seen[0][1]
     line = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[3])
     assert line["target_tokens"] == 3 + 1 + 4 and line["tokens"] == 20 and line["samples"] == 3
-    assert line["peak_memory_gib"] is None  # nothing was measured on a CPU
+    assert line["peak_memory_gib"] > 0.05  # of the whole process, torch included
     assert 0 <= line["data_wait_frac"] <= 1 and line["step_s"] > 0
     kept = [path.name for path in list_checkpoints(tmp_path / "r" / "checkpoints")]
     assert kept == ["step_00000030", "step_00000028", "step_00000026"]

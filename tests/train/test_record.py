@@ -1,7 +1,9 @@
 """Rates come out as their formulas say, and unknown ones as None."""
 
 import io
+from dataclasses import replace
 
+import pytest
 import torch
 from rich.console import Console
 from test_loop import metrics, resolved
@@ -10,7 +12,9 @@ from train_fakes import CPU, make_row
 from vistune.models.flops import RowLengths
 from vistune.recipe.sizes import optimizer_bytes
 from vistune.train import train
+from vistune.train.fit import TrainResult
 from vistune.train.record import Clock, Totals
+from vistune.train.report import print_result
 from vistune.train.state import Progress
 from vistune.train.step import StepSums
 from vistune.train.work import lengths_of, row_cost
@@ -83,10 +87,57 @@ def test_a_run_reports_what_it_achieved(tiny, tmp_path):
     result = train(recipe, console=Console(file=said, width=400))
     lines = metrics(tmp_path / "r")
     assert all(line["useful_tflops"] > 0 and line["padding_frac"] == 0.0 for line in lines)
-    assert all(line["mfu"] is None for line in lines)  # the peak of a CPU is not measured
+    for line in lines:
+        assert line["mfu"] == pytest.approx(line["useful_tflops"] / result.peak_tflops)
     assert result.totals.steps == 3
     assert result.totals.tokens == sum(line["tokens"] for line in lines)
-    assert "useful tokens/s" in said.getvalue() and "useful TFLOP/s" in said.getvalue()
+    summary = said.getvalue()[said.getvalue().index("done: ") :].splitlines()
+    assert [line.split(":")[0] for line in summary] == [
+        *("done", "speed", "compute", "lost to", "memory", "checkpoint")
+    ]
+    # A path may be as long as it is; everything else fits a terminal.
+    assert all(len(line) <= 80 for line in summary[:-1])
+    assert "useful tokens/s" in summary[1] and "samples/s" in summary[1]
+    assert "useful TFLOP/s" in summary[2] and "MFU" in summary[2] and "measured" in summary[2]
+    assert "data wait" in summary[3] and "padding 0.0%" in summary[3]
+    assert summary[5].endswith("step_00000003")
+
+
+def test_the_summary_of_a_large_run_fits_a_terminal_too(tmp_path):
+    totals = Totals(
+        seconds=360_000.0,
+        wait_s=12.3,
+        steps=5_198,
+        tokens=1_234_567_890,
+        samples=12_345_678,
+        flops=219_123 * 10**15,
+        computed_tokens=1_234_999_999,
+        padding_tokens=1_000,
+    )
+    result = TrainResult(
+        run_dir=tmp_path,
+        checkpoint=tmp_path / "[red]",
+        steps=5_198,
+        total_steps=5_198,
+        first_loss=12.3456,
+        final_loss=0.1234,
+        seconds=360_000.0,
+        skipped_steps=0,
+        rejected_rows=0,
+        totals=totals,
+        peak_tflops=787.6,
+        peak_memory_gib=123.4,
+    )
+    said = io.StringIO()
+    print_result(result, Console(file=said, width=80), total_steps=5_198)
+    lines = said.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert "MFU 77.3% of 788 measured" in lines[2] and lines[-1].endswith("/[red]")
+    stopped = io.StringIO()
+    early = replace(result, interrupted_by="SIGINT", steps=9)
+    print_result(early, Console(file=stopped, width=80), total_steps=5_198)
+    assert "stopped by SIGINT after step 9 of 5198" in stopped.getvalue()
+    assert "--resume" in stopped.getvalue() and "useful tokens/s" in stopped.getvalue()
 
 
 def test_the_optimizer_state_reserved_is_the_state_there_will_be():

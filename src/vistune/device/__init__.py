@@ -16,6 +16,8 @@ import torch
 
 from vistune.errors import DeviceError
 
+_COUNTS_TENSORS = ("cuda", "npu")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -45,14 +47,27 @@ class Device:
 
     def reset_peak_memory(self) -> None:
         """Starts a new measurement of peak memory."""
-        if self.kind == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.torch_device)
+        if self.kind in _COUNTS_TENSORS:
+            torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def peak_memory_gib(self) -> float | None:
-        """Returns the most memory tensors held since the last reset, or None where not measured."""
-        if self.kind == "cuda":
-            return torch.cuda.max_memory_allocated(self.torch_device) / 2**30
+        """Returns the most memory tensors held since the last reset, or None where not measured.
+
+        On a CPU nobody counts tensors: it is the most memory this process had since it started,
+        libraries included.
+        """
+        if self.kind in _COUNTS_TENSORS:
+            return torch.accelerator.max_memory_allocated(self.torch_device) / 2**30
+        return _peak_of_process_gib() if self.kind == "cpu" else None
+
+
+def _peak_of_process_gib() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if platform.system() == "Darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
 def _first_accelerator() -> str:

@@ -80,7 +80,8 @@ class TrainResult:
         interrupted_by: Name of the signal that ended it early, or None.
         totals: Work and wall time of this process's logged steps.
         peak_tflops: Matrix products measured on the device, TFLOP/s, or None.
-        peak_memory_gib: Most device memory held by tensors, or None where not measured.
+        peak_memory_gib: Most device memory held by tensors (on a CPU the process's), or None where
+            not measured.
     """
 
     run_dir: Path

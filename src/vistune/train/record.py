@@ -45,13 +45,14 @@ class StepRecord:
         samples_per_s: Samples per second.
         useful_tflops: Operations the rows needed, forward and backward, nothing recomputed, in
             TFLOP/s on this process's device; None where the model's cost is not known.
-        mfu: `useful_tflops` over the matrix products measured on this device at the start; None
-            where that was not measured.
+        mfu: `useful_tflops` over the matrix products measured on this device at the start, a CPU
+            included; None where that was not measured.
         padding_frac: Tokens computed that belong to no sample, over tokens computed.
         step_s: Wall time of a step.
         data_wait_s: Of that, waiting for data.
         data_wait_frac: `data_wait_s` over `step_s`.
-        peak_memory_gib: Most device memory held by tensors since the start; None on a CPU.
+        peak_memory_gib: Most device memory held by tensors since the start; on a CPU the most
+            memory of the process; None where not measured.
         skipped_steps: Steps skipped so far because loss or norm was not finite.
         rejected_rows: Rows that could not be read so far while training.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
 from vistune.recipe import TrainConfig
@@ -91,31 +92,39 @@ def _engine_names(engine: Mapping[str, Any]) -> dict[str, object]:
 
 
 def print_result(result: TrainResult, console: Console, *, total_steps: int) -> None:
-    """Says how the run ended, and how to go on."""
+    """Says how the run ended, what it achieved and how to go on; every line fits 80 columns."""
     if result.interrupted_by is not None:
-        console.print(
+        _say(
+            console,
             f"[yellow]stopped by {result.interrupted_by}[/] after step {result.steps} of"
-            f" {total_steps}; saved {result.checkpoint}. To go on: the same command with --resume",
-            soft_wrap=True,
-            highlight=False,
+            f" {total_steps}; to go on: the same command with --resume",
         )
-        return
+    else:
+        _say(console, f"done: {_counts(result)}")
+    print_sources(result, console)
+    print_speed(result, console)
+    _say(console, f"checkpoint: {escape(str(result.checkpoint))}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _counts(result: TrainResult) -> str:
     counts = [f"{result.steps} steps"]
     if result.seconds > 0:
-        counts.append(f"{result.seconds:.1f} s")
+        counts.append(_seconds(result.seconds))
     if result.first_loss is not None and result.final_loss is not None:
         counts.append(f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}")
     if result.skipped_steps:
         counts.append(f"{result.skipped_steps} steps skipped")
     if result.rejected_rows:
         counts.append(f"{result.rejected_rows} rows rejected while training")
-    console.print(
-        f"done: {', '.join(counts)}; checkpoint {result.checkpoint}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    print_sources(result, console)
-    print_speed(result, console)
+    return ", ".join(counts)
 
 
 def print_sources(result: TrainResult, console: Console) -> None:
@@ -140,19 +149,22 @@ def print_speed(result: TrainResult, console: Console) -> None:
     tokens_per_s, samples_per_s = done.per_s(done.tokens), done.per_s(done.samples)
     if tokens_per_s is None or samples_per_s is None:
         return
-    parts = [
-        f"{tokens_per_s:,.0f} useful tokens/s ({done.tokens:,} tokens in {done.seconds:.1f} s)",
-        f"{samples_per_s:.1f} samples/s",
-    ]
+    _say(
+        console,
+        f"speed: {tokens_per_s:,.0f} useful tokens/s, {samples_per_s:,.1f} samples/s"
+        f" ({done.tokens:,} tokens in {_seconds(done.seconds)})",
+    )
     useful, mfu = done.useful_tflops, done.mfu(result.peak_tflops)
     if useful is not None and done.flops is not None:
-        parts.append(f"{useful:.3g} useful TFLOP/s ({done.flops / 1e12:.3g} TFLOP needed)")
-    if mfu is not None:
-        parts.append(f"MFU {mfu:.1%} of {result.peak_tflops:.0f} TFLOP/s measured")
+        share = "" if mfu is None else f", MFU {mfu:.1%} of {result.peak_tflops:.3g} measured"
+        _say(
+            console, f"compute: {useful:.3g} useful TFLOP/s ({done.flops / 1e12:.3g} TFLOP){share}"
+        )
+    lost = []
     if done.data_wait_frac is not None:
-        parts.append(f"data wait {done.data_wait_frac:.1%}")
+        lost.append(f"data wait {done.data_wait_frac:.1%}")
     if done.padding_frac is not None:
-        parts.append(f"padding {done.padding_frac:.1%}")
+        lost.append(f"padding {done.padding_frac:.1%}")
+    _say(console, f"lost to: {', '.join(lost)}")
     if result.peak_memory_gib is not None:
-        parts.append(f"peak {result.peak_memory_gib:.1f} GiB")
-    console.print("speed: " + ", ".join(parts), soft_wrap=True, highlight=False)
+        _say(console, f"memory: peak {result.peak_memory_gib:.1f} GiB")

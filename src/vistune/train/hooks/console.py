@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,11 +14,37 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from vistune.train.hooks.base import Hook
 from vistune.train.record import StepRecord
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Bar(Progress):
+    """A bar with a line of numbers under it: beside it, they would push out the step and the time.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.status = ""
+        super().__init__(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yields the bar, then the numbers."""
+        yield from super().get_renderables()
+        yield Text(self.status)
 
 
 class ConsoleHook(Hook):
@@ -32,37 +59,27 @@ class ConsoleHook(Hook):
     def __init__(self, console: Console, *, total_steps: int, live: bool) -> None:
         self._console = console
         self._total_steps = total_steps
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._last_line_s = 0.0
         self._started_s = time.monotonic()
         self._first_step = 0
         self._last_record: StepRecord | None = None
         if live and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._bar = _Bar(console)
 
     def on_start(self, step: int) -> None:
         """Starts the bar at the steps already done."""
         self._first_step = step
         self._started_s = time.monotonic()
         if self._bar is not None:
-            self._task = self._bar.add_task(
-                "training", total=self._total_steps, completed=step, status=""
-            )
+            self._task = self._bar.add_task("training", total=self._total_steps, completed=step)
             self._bar.start()
 
     def on_record(self, record: StepRecord) -> None:
         """Shows the record: in the bar, or as a line unless one was printed just now."""
         self._last_record = record
         if self._bar is not None:
-            self._bar.update(self._task, status=describe(record))
+            self._bar.status = describe(record)
             return
         now = time.monotonic()
         if record.step == 1 or now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
