@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vistune.checkpoint.described import PartsView, on_bases, require_there, view
 from vistune.checkpoint.files import INHERITED_NAME
 from vistune.checkpoint.fingerprint import require_same_parts
 from vistune.checkpoint.layouts import (
     Partial,
+    bases_of,
     describe_directory,
     load_directory,
     read_partial,
 )
-from vistune.checkpoint.load import read_weights, resolve_checkpoint
+from vistune.checkpoint.load import is_partial, read_weights, resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, anchored, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
@@ -78,6 +80,7 @@ class Blueprint:
         encoder: How text and images become tokens.
         checkpoint: The checkpoint to lay over the parts, or None.
         adds_tiles: Whether `parts.tiles` are new to what is gone on from.
+        view: The parts with the small files that the checkpoint keeps, where it does.
     """
 
     parts: ModelConfig
@@ -85,6 +88,19 @@ class Blueprint:
     encoder: Encoder
     checkpoint: Path | None = None
     adds_tiles: bool = False
+    view: PartsView | None = None
+
+    @property
+    def sources(self) -> ModelConfig:
+        """The parts at the places to read them from."""
+        if self.view is None:
+            return self.parts
+        return self.view.parts.model_copy(update={"tiles": self.parts.tiles})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the parts' files say otherwise today than when the checkpoint's run started."""
+        return () if self.view is None else self.view.notes
 
 
 @dataclass
@@ -96,13 +112,14 @@ class Assembled:
         encoder: How text and images become tokens.
         origin: What it was loaded from.
         manifest: The description found there; None for a directory of another project.
+        notes: What a person should know of it, one sentence each.
     """
 
     model: WholeModel
     encoder: Encoder
     origin: Path
     manifest: Manifest | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def draw(recipe: Recipe) -> Blueprint:
@@ -138,6 +155,22 @@ def draw_directory(path: Path, origin: Origin = _SAYS_IT_ITSELF) -> Blueprint:
     return _draw_from(path, data, asked)
 
 
+def stands_on_bases(path: Path) -> bool:
+    """Whether a directory holds only what was trained, beside bases that may be named anew.
+
+    Args:
+        path: A run, a checkpoint, a model directory, or a file of trained pieces.
+
+    Raises:
+        CheckpointError: It is none of these.
+    """
+    folder = resolve_checkpoint(path)
+    if (folder / MANIFEST_NAME).is_file():
+        parts = read_manifest(folder).parts
+        return parts is not None and parts.from_checkpoint is None
+    return is_partial(folder)
+
+
 def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Blueprint:
     folder = resolve_checkpoint(path)
     tiles = asked.tiles
@@ -152,20 +185,26 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     manifest = read_manifest(folder) if has_manifest else None
     is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
     own_parts = manifest.parts if manifest is not None and is_checkpoint else None
-    if has_manifest:
-        keys = ["bases.vision_tower", "bases.language_model", "sat_qkv"]
-        keys += [] if own_parts is None else ["connector.weights"]
-        _refuse(asked, keys, "it says itself what it is made of", where=folder)
-    whole = {"from_checkpoint": str(folder), "tiles": None}
-    parts = anchored(own_parts or asked.model_copy(update=whole))
-    facts = describe_parts(parts)
+    if manifest is not None:
+        keys = ["bases.vision_tower", "bases.language_model"]
+        if own_parts is not None:
+            own_parts, homeless = on_bases(own_parts, asked.bases)
+            require_there(own_parts, manifest.part_fingerprints, checkpoint=folder)
+            keys = [*(f"bases.{key}" for key in homeless), "connector.weights"]
+        _refuse(asked, [*keys, "sat_qkv"], "it says itself what it is made of", where=folder)
+    if own_parts is None:
+        whole = {"from_checkpoint": str(folder), "tiles": None}
+        own_parts = asked.model_copy(update=whole | {"bases": bases_of(folder, asked.bases)})
+    parts = anchored(own_parts)
+    shown = view(parts, folder) if is_checkpoint else None
+    facts = describe_parts(parts if shown is None else shown.parts)
     inherited = None if manifest is None else manifest.encoder
     adds_tiles = tiles is not None and tiles != tiles_of(facts)
     if tiles is not None and adds_tiles:
         facts = with_tiles(facts, tiles, where="model.tiles")
         parts = parts.model_copy(update={"tiles": tiles})
     encoder = _encoder(data, facts, inherited=inherited)
-    return Blueprint(parts, facts, encoder, folder if is_checkpoint else None, adds_tiles)
+    return Blueprint(parts, facts, encoder, folder if is_checkpoint else None, adds_tiles, shown)
 
 
 def _refuse(asked: ModelConfig, keys: Sequence[str], reason: str, *, where: Path) -> None:
@@ -343,12 +382,12 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:
     Raises:
         WeightsError: Weights are missing, unexpected or of another shape.
     """
-    parts = blueprint.parts
+    parts = blueprint.sources
     if blueprint.adds_tiles:
         parts = parts.model_copy(update={"tiles": None})
     model = build_parts(parts, blueprint.facts, seed=seed, dtype=dtype)
     if blueprint.checkpoint is not None:
-        lay_over(model, blueprint.checkpoint)
+        lay_over(model, blueprint.checkpoint, parts=blueprint.parts)
         merge_adapters(model)
     if blueprint.adds_tiles and blueprint.parts.tiles is not None:
         assert isinstance(model, ComposedVLM)
@@ -356,12 +395,13 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:
     return model
 
 
-def lay_over(model: WholeModel, checkpoint: Path) -> Manifest:
+def lay_over(model: WholeModel, checkpoint: Path, *, parts: ModelConfig) -> Manifest:
     """Brings a model built from a checkpoint's parts to that checkpoint's state.
 
     Args:
-        model: Built from the manifest's parts; changed in place (adapters are added, not merged).
+        model: Built from the checkpoint's parts; changed in place (adapters are added, not merged).
         checkpoint: The checkpoint's directory.
+        parts: The parts, where they are now.
 
     Returns:
         The checkpoint's manifest.
@@ -370,8 +410,8 @@ def lay_over(model: WholeModel, checkpoint: Path) -> Manifest:
         CheckpointError: What it stands on was changed since the run started, or does not fit.
     """
     manifest = read_manifest(checkpoint)
-    if manifest.parts is not None:  # trained weights on another base would answer, and wrongly
-        require_same_parts(manifest.part_fingerprints, manifest.parts, where=checkpoint)
+    # Trained weights on another base would answer, and wrongly.
+    require_same_parts(manifest.part_fingerprints, parts, where=checkpoint)
     inherited = checkpoint / INHERITED_NAME
     if inherited.is_file():
         load_weights(model, read_weights(checkpoint, INHERITED_NAME), where=inherited)
@@ -425,4 +465,4 @@ def load_assembled(
     seed = read_manifest(folder).seed if has_manifest else 0
     model = build(blueprint, seed=seed, dtype=dtype).to(device=device, dtype=dtype).eval()
     manifest = read_manifest(folder) if has_manifest else None
-    return Assembled(model, blueprint.encoder, folder, manifest)
+    return Assembled(model, blueprint.encoder, folder, manifest, blueprint.notes)

@@ -112,6 +112,22 @@ def test_preview_marks_what_is_learnt(desk: Desk, capsys: pytest.CaptureFixture[
     assert page.read_text(encoding="utf-8").count("<section>") == 3
 
 
+def test_a_moved_base_is_named_to_eval(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    output = desk.root / "moved-scores"
+    arguments = ["eval", str(desk.run), str(desk.task), "--output", str(output), "--limit", "2"]
+    arguments += ["--max-new-tokens", "2", "--baseline", str(desk.run)]
+    place, away = desk.root / "language", desk.root / "away"
+    place.rename(away)
+    try:
+        assert call(*arguments) == 2
+        said = capsys.readouterr().err
+        assert str(place) in said and "--language-model" in said
+        assert call(*arguments, "--language-model", str(away)) == 0
+    finally:
+        away.rename(place)
+    assert (output / "summary.json").is_file()
+
+
 def test_eval_with_controls_and_baseline(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     output = desk.root / "scores"
     arguments = ["eval", str(desk.run), str(desk.task), "--output", str(output)]

@@ -89,6 +89,8 @@ def run_chat(model: Path, options: ChatOptions) -> int:
             options.sat_qkv,
         ),
     )
+    for note in speaker.assembled.notes:
+        print(f"note: {note}", file=sys.stderr)
     session = ChatSession(speaker, options.max_new_tokens, options.system)
     for image in options.images:
         session.add_image(image)

@@ -52,7 +52,7 @@ class Seal(Section):
     step: int
     """Optimizer steps done."""
     files: dict[str, FileSeal]
-    """Every other file of the directory, by name."""
+    """Every other file of the directory and below it, by its path from there."""
 
 
 def sha256(path: Path) -> str:
@@ -71,14 +71,15 @@ def write_seal(folder: Path, *, step: int) -> None:
         folder: A directory whose files are all written.
         step: Optimizer steps done.
     """
-    paths = sorted(p for p in folder.iterdir() if p.name != SEAL_NAME)
-    for path in paths:
+    entries = sorted(folder.rglob("*"))
+    paths = [path for path in entries if path.is_file() and path != folder / SEAL_NAME]
+    for path in entries:
         sync(path)
     # Digests are computed in parallel: hashlib lets go of the interpreter lock.
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(sha256, paths))
     files = {
-        path.name: FileSeal(num_bytes=path.stat().st_size, sha256=digest)
+        path.relative_to(folder).as_posix(): FileSeal(num_bytes=path.stat().st_size, sha256=digest)
         for path, digest in zip(paths, digests, strict=True)
     }
     seal = folder / SEAL_NAME

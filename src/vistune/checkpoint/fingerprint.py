@@ -1,5 +1,6 @@
-"""Tells whether a part's weights and tokenizer are still the ones a run was started from.
+"""Tells whether a part's weights are still the ones a run was started from.
 
+Where a checkpoint does not keep the small files of its parts (`described`), the tokenizer's too.
 Not a checksum of every byte: that would read a large model from end to end at every start. Sizes
 and evenly spread samples of every file are digested, which any retraining or conversion changes.
 """
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vistune.checkpoint.described import PARTS_NAME, places
 from vistune.errors import CheckpointError
 from vistune.recipe import ModelConfig
 
@@ -31,18 +33,7 @@ def fingerprint_parts(parts: ModelConfig) -> dict[str, str]:
 
     The files of the tokenizer, which ids a run's weights were trained on, are a role of their own.
     """
-    paths = {
-        "vision": parts.vision_tower.path if parts.vision_tower else None,
-        "language": parts.language_model.path if parts.language_model else None,
-        "connector": parts.connector.weights,
-        "language adapter": parts.language_model.adapter if parts.language_model else None,
-        "vision adapter": parts.vision_tower.adapter if parts.vision_tower else None,
-        "aux": parts.vision_tower_aux.path if parts.vision_tower_aux else None,
-        "model": parts.from_checkpoint,
-        "vision base": parts.bases.vision_tower,
-        "language base": parts.bases.language_model,
-    }
-    there = {r: Path(p).expanduser() for r, p in paths.items() if p is not None}
+    there = places(parts)
     found = {role: fingerprint(path) for role, path in there.items() if path.exists()}
     # As the tokenizer is looked for: beside the language model, else with the whole model.
     speaks = [there[role] for role in ("language", "model", "language base") if role in there]
@@ -77,22 +68,24 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def require_same_parts(recorded: Mapping[str, str], parts: ModelConfig, *, where: Path) -> None:
-    """Refuses parts whose weight files, or whose tokenizer's, have changed.
+    """Refuses parts whose weight files have changed, or whose tokenizer, unless that is kept.
 
     Args:
         recorded: Digests when the run started.
         parts: The parts now.
-        where: The checkpoint, for the message.
+        where: The checkpoint; one that keeps its tokenizer does not ask the parts for it.
 
     Raises:
         CheckpointError: A digest differs.
     """
     now = fingerprint_parts(parts)
+    if (where / PARTS_NAME).is_dir():
+        now.pop("tokenizer", None)
     changed = sorted(role for role, digest in now.items() if recorded.get(role, digest) != digest)
     if changed:
         raise CheckpointError(
             f"the files of {' and '.join(changed)} were changed since the run started",
             where=str(where),
             expected="the files the trained weights were trained on",
-            fix="bring the original files back",
+            fix="bring the original files back, or name the directory that holds them",
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vistune.checkpoint.described import PARTS_NAME
 from vistune.errors import CheckpointError
 from vistune.recipe import ResolvedRecipe
 
@@ -82,6 +83,11 @@ class RunDirectory:
         return self.path / "skipped.jsonl"
 
     @property
+    def parts(self) -> Path:
+        """The small files of the model's parts, as they were when the run started."""
+        return self.path / PARTS_NAME
+
+    @property
     def checkpoints(self) -> Path:
         """Parent of the checkpoints."""
         return self.path / "checkpoints"
@@ -114,7 +120,7 @@ class RunDirectory:
 
     def discard_run(self) -> None:
         """Deletes the files of a run, and nothing else that may lie in the directory."""
-        for folder in (self.checkpoints, self.tensorboard, self.samples):
+        for folder in (self.checkpoints, self.tensorboard, self.samples, self.parts):
             if folder.is_dir():
                 shutil.rmtree(folder)
         records = (self.recipe, self.provenance, self.metrics, self.skipped)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from vistune.checkpoint.described import PARTS_NAME, take_along
 from vistune.checkpoint.files import (
     INHERITED_NAME,
     TEMPORARY_PREFIX,
@@ -46,6 +47,7 @@ class CheckpointContent:
             Python values only, so that it can be read back without running code.
         manifest: What the checkpoint is.
         inherited: Weights that did not train but differ from the parts.
+        parts: Folder of the parts' small files (see `described`), or None.
     """
 
     step: int
@@ -53,6 +55,7 @@ class CheckpointContent:
     trainer: Mapping[str, Any]
     manifest: Manifest
     inherited: Mapping[str, torch.Tensor]
+    parts: Path | None = None
 
     def num_bytes(self) -> int:
         """Returns about how many bytes the checkpoint takes on disk."""
@@ -106,6 +109,8 @@ def _write_files(folder: Path, content: CheckpointContent) -> None:
         save_file(dict(content.inherited), folder / INHERITED_NAME)
     with (folder / TRAINER_NAME).open("wb") as file:
         torch.save(dict(content.trainer), file)
+    if content.parts is not None:
+        take_along(content.parts, folder / PARTS_NAME)
     write_manifest(folder, content.manifest)
     follow_umask(folder)
     write_seal(folder, step=content.step)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from vistune.assembly import Origin
 
 Model = Annotated[
     Path,
@@ -17,7 +20,10 @@ Template = Annotated[
 ]
 TowerBase = Annotated[
     str | None,
-    typer.Option("--vision-tower", help="Encoder that a directory of trained pieces stands on."),
+    typer.Option(
+        "--vision-tower",
+        help="Encoder that trained pieces stand on, or where a run's is now if it was moved.",
+    ),
 ]
 LanguageBase = Annotated[
     str | None,
@@ -38,6 +44,22 @@ SatRows = Annotated[
         "--sat-qkv", help="VisualGLM in SwissArmyTransformer's layout: by_head before July 2023."
     ),
 ]
+
+
+def origin_of(
+    template: str | None,
+    vision_tower: str | None,
+    language_model: str | None,
+    sat_qkv: SatOrder | None,
+) -> Origin:
+    """Returns what a person says of a directory that it does not say itself."""
+    from vistune.assembly import Origin
+    from vistune.recipe import BasesConfig
+
+    bases = BasesConfig(vision_tower=vision_tower, language_model=language_model)
+    return Origin(bases, template, None if sat_qkv is None else sat_qkv.value)
+
+
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or npu.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
 

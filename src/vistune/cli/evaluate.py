@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vistune.cli.chat import DeviceName, DtypeName, Model
+from vistune.cli.chat import (
+    DeviceName,
+    DtypeName,
+    LanguageBase,
+    Model,
+    SatRows,
+    Template,
+    TowerBase,
+    origin_of,
+)
 
 if TYPE_CHECKING:
     from vistune.evaluate.summary import Summary
@@ -48,6 +57,10 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard results with other settings.")
     ] = False,
+    template: Template = None,
+    vision_tower: TowerBase = None,
+    language_model: LanguageBase = None,
+    sat_qkv: SatRows = None,
 ) -> None:
     """Score a model on held-out questions, next to the same model without images."""
     from vistune.evaluate.scorers import SCORERS
@@ -57,17 +70,14 @@ def evaluate(
     questions = read_questions(task, images=images, limit=limit)
 
     from vistune.cli.console import progress_bar
-    from vistune.evaluate.answerer import GenerationSettings, model_system, plan_for
+    from vistune.evaluate.answerer import GenerationSettings, plan_for, systems_of
     from vistune.evaluate.runner import evaluate as run
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, dtype=dtype
     )
-    systems = [model_system("model", model, settings, label=str(model), blind=blind)]
-    if baseline is not None:
-        systems.append(
-            model_system("baseline", baseline, settings, label=str(baseline), blind=False)
-        )
+    origin = origin_of(template, vision_tower, language_model, sat_qkv)
+    systems = systems_of(model, baseline, settings, blind=blind, origin=origin)
     folder = output or Path("evaluations") / _plain(model) / _plain(task.with_suffix(""))
     with progress_bar() as on_progress:
         summary = run(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vistune.cli.chat import LanguageBase, SatRows, Template, TowerBase
+from vistune.cli.chat import LanguageBase, SatRows, Template, TowerBase, origin_of
 
 
 class Target(StrEnum):
@@ -45,16 +45,13 @@ def export(
     sat_qkv: SatRows = None,
 ) -> None:
     """Merge adapters and write the model for transformers, PEFT or vistune itself."""
-    from vistune.assembly import Origin
     from vistune.export import export_model
-    from vistune.recipe import BasesConfig
 
-    bases = BasesConfig(vision_tower=vision_tower, language_model=language_model)
     written = export_model(
         run,
         to=to.value,
         output=output,
         overwrite=overwrite,
-        origin=Origin(bases, template, None if sat_qkv is None else sat_qkv.value),
+        origin=origin_of(template, vision_tower, language_model, sat_qkv),
     )
     print(f"written: {written}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vistune.assembly import Assembled, load_assembled
+from vistune.assembly import Assembled, Origin, load_assembled, stands_on_bases
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import read_manifest
 from vistune.data.encode import Encoder
@@ -104,6 +105,7 @@ def model_system(
     label: str,
     blind: bool = True,
     prompts_of: Path | None = None,
+    origin: Origin | None = None,
 ) -> System:
     """Returns a system that loads a model when it is first needed.
 
@@ -115,25 +117,65 @@ def model_system(
         blind: Ask it without images too.
         prompts_of: A model whose template and image plan are used instead of its own, so that
             both are asked in the same words; the tokenizers must be one.
+        origin: What the directory does not say itself.
 
     Raises:
         CheckpointError: There is no model at `path`.
     """
+    origin = origin or Origin()
     folder = resolve_checkpoint(path)
     asked_like = None if prompts_of is None else resolve_checkpoint(prompts_of)
 
     def load() -> ModelAnswerer:
         device = select_device(settings.device, settings.dtype)
-        assembled = load_assembled(folder, dtype=device.dtype, device=device.torch_device)
+        assembled = load_assembled(
+            folder, dtype=device.dtype, device=device.torch_device, origin=origin
+        )
+        for note in assembled.notes:
+            print(f"note: {note}", file=sys.stderr)
         if asked_like is not None:
             state = read_manifest(asked_like).encoder
             assembled.encoder = Encoder.from_state(state, assembled.encoder.tokenizer)
         return ModelAnswerer(assembled, device, settings)
 
     identity = _identity(folder)
+    if origin != Origin():
+        identity += f", standing on {origin}"
     if asked_like is not None:
         identity += f", asked like {_identity(asked_like)}"
     return System(name, label, identity, load, blind)
+
+
+def systems_of(
+    model: Path,
+    baseline: Path | None,
+    settings: GenerationSettings,
+    *,
+    blind: bool,
+    origin: Origin,
+) -> list[System]:
+    """Returns a model, and a second one to compare it with, as systems.
+
+    Args:
+        model: Run, checkpoint or model directory.
+        baseline: Another, or None.
+        settings: How answers are made.
+        blind: Ask the first without images too.
+        origin: What the first directory does not say itself; its bases are the second's too, if
+            that stands on any.
+
+    Raises:
+        CheckpointError: There is no model at one of the paths.
+    """
+    systems = [model_system("model", model, settings, label=str(model), blind=blind, origin=origin)]
+    if baseline is not None:
+        own = Origin(origin.bases) if stands_on_bases(baseline) else None
+        systems.append(
+            model_system(
+                "baseline", baseline, settings, label=str(baseline), blind=False, origin=own
+            )
+        )
+    return systems
 
 
 def _identity(folder: Path) -> str:

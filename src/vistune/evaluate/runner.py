@@ -277,7 +277,9 @@ def _open_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> 
     file = output / SETTINGS_NAME
     (output / "answers").mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(settings))
-    if file.is_file() and not overwrite:
+    # An evaluation whose model did not even load left nothing to lose.
+    answered = any(part.stat().st_size for part in (output / "answers").glob("*.jsonl"))
+    if file.is_file() and answered and not overwrite:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

@@ -36,7 +36,13 @@ _ONE_FOR_ALL = ("rslora", "dora", "dropout")
 
 
 def write_native_adapter(
-    model: NativeVLM, encoder: Encoder, manifest: Manifest, folder: Path, *, with_connector: bool
+    model: NativeVLM,
+    encoder: Encoder,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    origin: Path | None,
+    with_connector: bool,
 ) -> None:
     """Writes the adapters of a model, and its connector where that trained.
 
@@ -45,6 +51,7 @@ def write_native_adapter(
         encoder: Its encoder.
         manifest: The run's description; its parts name the base model.
         folder: An empty directory.
+        origin: Where the base's processor files are read.
         with_connector: Whether an earlier run trained the connector.
 
     Raises:
@@ -58,7 +65,7 @@ def write_native_adapter(
     assert base is not None
     _write_config(model, roles, saved, base=base, folder=folder)
     save_file(_state(model, saved), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_processor(model, encoder, folder, origin=Path(base))
+    write_processor(model, encoder, folder, origin=origin)
     write_manifest(folder, manifest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from vistune._version import __version__
 from vistune.assembly import (
     Assembled,
+    Blueprint,
     Origin,
     build_parts,
     draw_directory,
@@ -88,8 +90,10 @@ def export_model(
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     origin = origin or Origin()
     blueprint = draw_directory(folder, origin)
-    facts, parts = blueprint.facts, blueprint.parts
-    stands_on = _origin(parts)
+    for note in blueprint.notes:
+        print(f"note: {note}", file=sys.stderr)
+    facts = blueprint.facts
+    stands_on = _origin(blueprint.sources)
     dtype = dtype or _stored_dtype(facts, stands_on)
     is_native = stands_on is not None and is_native_directory(stands_on)
     if is_native:
@@ -98,18 +102,18 @@ def export_model(
         _check_composed(facts, to)
     with new_directory(output, overwrite=overwrite) as target:
         if to in ("adapter", "xtuner"):
-            _write_unmerged(manifest, facts, target, to=to, dtype=dtype, where=folder)
+            _write_unmerged(manifest, blueprint, target, to=to, dtype=dtype, where=folder)
             return output
         found = load_assembled(folder, dtype=dtype, origin=origin)
         whole = _manifest_of_whole(manifest, found.encoder, folder)
-        _write_merged(found, whole, parts, target, to=to, dtype=dtype, verify=verify)
+        _write_merged(found, whole, blueprint, target, to=to, dtype=dtype, verify=verify)
     return output
 
 
 def _write_merged(
     found: Assembled,
     whole: Manifest,
-    parts: ModelConfig,
+    blueprint: Blueprint,
     target: Path,
     *,
     to: Target,
@@ -117,7 +121,7 @@ def _write_merged(
     verify: bool,
 ) -> None:
     """Writes a model whose adapters are merged."""
-    model, encoder, stands_on = found.model, found.encoder, _origin(parts)
+    model, encoder, stands_on = found.model, found.encoder, _origin(blueprint.sources)
     if isinstance(model, NativeVLM):
         write_native(model, encoder, target, origin=stands_on)
         if to == "vistune":
@@ -129,7 +133,7 @@ def _write_merged(
     elif to == "native" or to == "sat":
         write_family(model, encoder, whole, target, to=to, dtype=dtype, origin=stands_on)
     else:
-        tower_path = _tower_path(parts)
+        tower_path = _tower_path(blueprint.parts)
         _write_llava_kind(found, whole, target, to=to, tower_path=tower_path, verify=verify)
 
 
@@ -217,7 +221,7 @@ def _tower_path(parts: ModelConfig) -> str | None:
 
 def _write_unmerged(
     manifest: Manifest | None,
-    facts: ModelFacts,
+    blueprint: Blueprint,
     target: Path,
     *,
     to: Target,
@@ -233,12 +237,16 @@ def _write_unmerged(
         )
     if to == "adapter":
         _check_no_folded(parts, where)
+    manifest = manifest.model_copy(update={"parts": blueprint.parts})  # where they are now
+    facts, sources = blueprint.facts, blueprint.sources
     encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
-    model = build_parts(parts, facts, seed=manifest.seed, dtype=dtype)
+    model = build_parts(sources, facts, seed=manifest.seed, dtype=dtype)
     before = _trained_before(where, model.module_map.connector)
-    lay_over(model, where)
+    lay_over(model, where, parts=blueprint.parts)
     if isinstance(model, NativeVLM):
-        write_native_adapter(model, encoder, manifest, target, with_connector=bool(before))
+        write_native_adapter(
+            model, encoder, manifest, target, origin=_origin(sources), with_connector=bool(before)
+        )
         return
     assert isinstance(model, ComposedVLM)
     write = write_xtuner if to == "xtuner" else write_adapter

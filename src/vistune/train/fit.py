@@ -448,6 +448,7 @@ class _Steps:
             step=progress.step,
             weights=state.weights,
             inherited=job.inherited,
+            parts=self.directory.parts if self.directory.parts.is_dir() else None,
             manifest=job.manifest(progress.step),
             trainer={
                 "progress": progress.to_state(),

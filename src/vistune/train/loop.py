@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from vistune._version import __version__
+from vistune.checkpoint.described import keep_small_files
 from vistune.checkpoint.files import INHERITED_NAME, write_errors_explained
 from vistune.checkpoint.fingerprint import fingerprint_parts, require_same_parts
 from vistune.checkpoint.load import read_weights
@@ -99,6 +101,8 @@ def train(
         device.reset_peak_memory()
         _import_engines()
         blueprint = _blueprint(recipe, opened)
+        for note in blueprint.notes:
+            console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
         with write_errors_explained(opened.directory.path):
             opened.discard_earlier(needed=blueprint.checkpoint)
             opened.directory.record_start(
@@ -107,6 +111,7 @@ def train(
                 device=device.name,
                 resumed_from=opened.progress.step,
             )
+            keep_small_files(blueprint.sources, opened.directory.parts)
         recipe = settled(recipe, blueprint, device, opened, console)
         advice = adviser(recipe, blueprint, device)
         data = _data(recipe, blueprint, opened, device, console, launch)
@@ -254,7 +259,7 @@ def _model(
     else:
         bare = replace(blueprint, checkpoint=None)
         model = build(bare, seed=recipe.seed, dtype=device.dtype)
-        lay_over(model, opened.checkpoint)
+        lay_over(model, opened.checkpoint, parts=blueprint.parts)
         tuning = Tuning(model, recipe.tune)
         has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
         inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}

@@ -248,6 +248,8 @@ def test_what_is_neither(config: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no effect"):
         drawn({"from_checkpoint": str(tmp_path / "step"), "connector": {"weights": "x.bin"}})
     with pytest.raises(ModelError, match="has no effect"):
+        drawn({"from_checkpoint": str(tmp_path / "step"), "sat_qkv": "blocks"})
+    with pytest.raises(ModelError, match="no local directory"):
         drawn({"from_checkpoint": str(tmp_path / "step"), "bases": {"vision_tower": "x"}})
 
 

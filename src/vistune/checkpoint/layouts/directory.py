@@ -89,6 +89,20 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
+def bases_of(path: Path, bases: BasesConfig) -> BasesConfig:
+    """Returns what a whole model's directory stands on besides, as it or the recipe says.
+
+    Args:
+        path: The directory.
+        bases: What the recipe says, which goes first.
+    """
+    file = path / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    if bases != _NO_BASES or not llava_original.matches(values):
+        return bases
+    return BasesConfig(vision_tower=str(values["mm_vision_tower"]))
+
+
 def describe_directory(
     path: Path, bases: BasesConfig = _NO_BASES, sat_qkv: QkvOrder | None = None
 ) -> ModelFacts:

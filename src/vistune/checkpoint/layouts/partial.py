@@ -201,8 +201,8 @@ def _base(role: str, path: Path, given: str | None, *named: object) -> str:
             f"this holds only what was trained, and the {what} it stands on is not here",
             where=str(path),
             got=f"its config says {found}" if found else "its config does not say which",
-            fix=f"set model.bases.{role} (--{role.replace('_', '-')} of chat and export) to the"
-            f" {what} it was trained with",
+            fix=f"set model.bases.{role} (--{role.replace('_', '-')} of chat, eval and export) to"
+            f" the {what} it was trained with",
         )
     return found
 
