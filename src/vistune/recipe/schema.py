@@ -61,8 +61,9 @@ class LoraTune(Section):
     dropout: Frac = 0.0
     """Dropout in front of the adapter."""
     targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
-    """`all_linear`, or the last names of the linear layers (q_proj, v_proj, ...). The language
-    model's head is a role of its own and never among them."""
+    """`all_linear`, or names of the role's linear layers, with `*` for any part: `[q_proj,
+    v_proj]`, `["self_attn.*"]`, `["layers.0.*", "*.mlp.down_proj"]`. A name is matched from one of
+    its parts on. The language model's head is a role of its own and never among them."""
     layers: tuple[NonNegativeInt, ...] | None = None
     """Only in these layers, by their number from 0; all when left out."""
     rslora: bool = False

@@ -220,3 +220,30 @@ def test_lora_in_some_layers(shelf: Path) -> None:
     assert {name.split(".")[3] for name in adapter_layers(model)} == {"0"}
     with pytest.raises(ModelError, match=r"no layer 2(.|\n)*from 0 to 1"):
         tuned(shelf, language={**lora, "layers": [0, 2]})
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["self_attn.*"], {f"{n}.self_attn.{p}_proj" for n in "01" for p in "qkvo"}),
+        (["*.[qv]_proj"], {f"{n}.self_attn.{p}_proj" for n in "01" for p in "qv"}),
+        (["layers.0.mlp.*_proj"], {f"0.mlp.{p}_proj" for p in ("gate", "up", "down")}),
+        (
+            ["1.self_attn.o_proj", "up_proj"],
+            {"1.self_attn.o_proj", "0.mlp.up_proj", "1.mlp.up_proj"},
+        ),
+    ],
+)
+def test_lora_targets_by_pattern(shelf: Path, targets: list[str], expected: set[str]) -> None:
+    lora = {"mode": "lora", "rank": 2, "targets": targets}
+    model, _, _ = tuned(shelf, language=lora)
+    names = {name.removeprefix("language_model.model.layers.") for name in adapter_layers(model)}
+    assert names == expected
+
+
+def test_a_pattern_stays_inside_its_role_and_begins_at_a_part_of_a_name(shelf: Path) -> None:
+    model, _, _ = tuned(shelf, language={"mode": "lora", "rank": 2, "targets": ["*"]})
+    assert all(name.startswith("language_model.model.") for name in adapter_layers(model))
+    for nothing in ("roj", "self_attn", "encoder.*", "attn.q_proj"):
+        with pytest.raises(ModelError, match="a pattern over names such as"):
+            tuned(shelf, language={"mode": "lora", "targets": [nothing]})

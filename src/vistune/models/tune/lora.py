@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ def linear_layers(model: TunableModel, role: RoleName) -> list[str]:
 def target_layers(model: TunableModel, role: RoleName, tune: LoraTune) -> list[str]:
     """Returns the full names of the layers that get adapters.
 
+    A target is the end of a name from one of its parts on, with `*`, `?` and `[...]` as in file
+    names: `q_proj`, `self_attn.*`, `layers.0.*_proj`.
+
     Raises:
         ModelError: A target matches none of the role's linear layers.
     """
@@ -45,18 +49,26 @@ def target_layers(model: TunableModel, role: RoleName, tune: LoraTune) -> list[s
     if tune.targets == "all_linear":
         chosen, unmatched = layers, [] if layers else ["all_linear"]
     else:
-        wanted = set(tune.targets)
-        chosen = [name for name in layers if name.rpartition(".")[2] in wanted]
-        unmatched = sorted(wanted - {name.rpartition(".")[2] for name in chosen})
+        found = {target: _matching(layers, target) for target in tune.targets}
+        wanted = {name for names in found.values() for name in names}
+        chosen = [name for name in layers if name in wanted]
+        unmatched = sorted(target for target, names in found.items() if not names)
     if unmatched:
         last_names = sorted({name.rpartition(".")[2] for name in layers})
         raise ModelError(
             f"no linear layer of the role '{role}' is called {' or '.join(unmatched)}",
             where=f"tune.{role}.targets",
-            expected=", ".join(last_names[:_SHOWN_NAMES]) or "linear layers, of which it has none",
+            expected=", ".join(last_names[:_SHOWN_NAMES]) + f"; or a pattern over names such as"
+            f" {layers[0]}"
+            if layers
+            else "linear layers, of which it has none",
             fix=f"set tune.{role}.targets=all_linear",
         )
     return chosen if tune.layers is None else _in_layers(chosen, tune.layers, role)
+
+
+def _matching(names: Sequence[str], target: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, f"*.{target}") or fnmatchcase(name, target)]
 
 
 def _in_layers(names: list[str], layers: Sequence[int], role: RoleName) -> list[str]:
