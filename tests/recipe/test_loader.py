@@ -329,6 +329,21 @@ def test_unknown_key_inside_a_tagged_section(tmp_path: Path) -> None:
     assert text.splitlines()[0].endswith("unknown key 'tune.language.rnak'; did you mean 'rank'?")
 
 
+def test_a_key_of_another_mode_is_no_unknown_key(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "tune: {language: {mode: lora, rank: 4}}\n")
+    text = failure(path, "tune.language.mode=full", "tune.language.rank=null")
+    assert text.splitlines()[0] == (
+        "command line (tune.language.rank=null): 'tune.language.rank' belongs to"
+        " tune.language.mode=lora, and the mode is 'full': leave it out or set that mode"
+    )
+    # The mode alone drops what the file says of the other one, and null is no rank of lora.
+    assert load_recipe(str(path), ["tune.language.mode=full"]).recipe.tune.language.mode == "full"
+    assert "(got null)" in failure(path, "tune.language.rank=null")
+    # A key of no mode is unknown as before.
+    unknown = failure(path, "tune.language.mode=full", "tune.language.rnk=3")
+    assert "unknown key 'tune.language.rnk'" in unknown
+
+
 def test_a_missing_section_points_at_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL.replace("train: {steps: 2}\n", ""))
     assert failure(path).startswith(f"{path}: the key 'train' is missing")

@@ -45,6 +45,16 @@ def _has_tag(section: type[BaseModel], tag: str) -> bool:
     return mode is not None and tag in typing.get_args(mode.annotation)
 
 
+def _modes_with(path: tuple[str, ...], model: type[BaseModel]) -> list[str]:
+    """Returns the modes of a section that have the key refused in the mode that was chosen."""
+    *parent, chosen, key = path if len(path) > 1 else ("", *path)
+    siblings = _sections_at(model, tuple(parent))
+    if not any(_has_tag(section, chosen) for section in siblings):
+        return []
+    found = [section for section in siblings if key in section.model_fields]
+    return sorted({tag for section in found for tag in _tags(section, "mode")})
+
+
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yields every dotted key below a section."""
     for name, field in model.model_fields.items():
@@ -100,6 +110,13 @@ def _sentence(problem: Mapping[str, Any], key: str, model: type[BaseModel]) -> s
     path = tuple(str(part) for part in problem["loc"])
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
+        elsewhere = _modes_with(path, model)
+        if elsewhere:
+            mode = f"{key.rpartition('.')[0]}.mode"
+            return (
+                f"'{key}' belongs to {mode}={' or '.join(elsewhere)}, and the mode is '{path[-2]}':"
+                " leave it out or set that mode"
+            )
         return f"unknown key '{key}'; {_hint(path[-1], path[:-1], model)}"
     if kind == "missing":
         return f"the key '{key}' is missing"
@@ -113,7 +130,7 @@ def _sentence(problem: Mapping[str, Any], key: str, model: type[BaseModel]) -> s
         return f"{key}: {message}" if key else message
     if kind in ("model_type", "model_attributes_type"):
         message = f"it holds the keys {', '.join(_known_at(path, model))}, not a value"
-    shown = repr(problem["input"])
+    shown = "null" if problem["input"] is None else repr(problem["input"])
     shown = shown if len(shown) <= _MAX_SHOWN else shown[: _MAX_SHOWN - 3] + "..."
     return f"{key}: {message} (got {shown})"
 
