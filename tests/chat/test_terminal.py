@@ -55,6 +55,21 @@ def test_one_line_in_one_answer_out() -> None:
     assert (code, out, err) == (0, "A1 好\nA2 好\n", "")
 
 
+def test_an_answer_gives_the_terminal_no_orders() -> None:
+    class Hostile(Stub):
+        def stream(
+            self, turns: tuple[Turn, ...], images: tuple[ImageRef, ...], *, max_new_tokens: int
+        ) -> Iterator[str]:
+            yield from ("\x1b", "[2J", "wiped\r", "\tand\n好")
+
+    shown = "\\x1b[2Jwiped\\x0d\tand\n好\n"
+    code, out, err, _ = talk("first", stub=Hostile())
+    assert (code, out, err) == (0, shown, "")
+    # The session remembers what was said, not how it was shown.
+    session = ChatSession(Hostile())
+    assert "".join(session.ask("x")) == "\x1b[2Jwiped\r\tand\n好"
+
+
 def test_exit_ends_it() -> None:
     code, out, _, stub = talk("first", "/exit", "second")
     assert (code, out, len(stub.prompts)) == (0, "A1 好\n", 1)

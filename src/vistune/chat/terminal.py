@@ -1,6 +1,7 @@
 """The terminal side of a conversation: reads lines, obeys /commands, prints answers as they come.
 
 With a pipe instead of a terminal there are no prompts and no colours: one line in, one answer out.
+Control characters of an answer are written out in both: what is piped is often looked at later.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from vistune.chat.session import ChatSession
+from vistune.data.visible import visible
 from vistune.errors import VistuneError
 
 COMMANDS = (
@@ -96,7 +98,7 @@ def run_chat(model: Path, options: ChatOptions) -> int:
         session.add_image(image)
     if options.prompt is not None:
         for piece in session.ask(options.prompt):
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
         print()
         return 0
     terminal = ChatTerminal(session, sys.stdin, sys.stdout, sys.stderr)
@@ -182,7 +184,7 @@ class ChatTerminal:
             self._say(f"error: unknown command {word}; /help lists the commands", _RED)
         else:
             for piece in self.session.ask(text):
-                self.out.write(piece)
+                self.out.write(visible(piece))
                 self.out.flush()
             self.out.write("\n")
             self.out.flush()

@@ -218,6 +218,7 @@ def _print_preview(preview: Preview) -> None:
 
     from vistune.cli.console import stdout
     from vistune.data.preview import ImagePiece
+    from vistune.data.visible import visible
 
     is_terminal = sys.stdout.isatty()
     sample = preview.sample
@@ -227,8 +228,8 @@ def _print_preview(preview: Preview) -> None:
             f"{preview.num_tokens} tokens, {preview.num_image_tokens} of images,"
             f" {preview.num_targets} learnt"
         )
-    shown = Text(f"{sample.id}  ", style="bold")
-    shown.append(f"{sample.where}  {facts}\n", style="dim not bold")
+    shown = Text(f"{visible(sample.id)}  ", style="bold")
+    shown.append(f"{visible(sample.where)}  {facts}\n", style="dim not bold")
     was_target = False
     for piece in preview.pieces:
         is_target = not isinstance(piece, ImagePiece) and piece.is_target
@@ -240,7 +241,9 @@ def _print_preview(preview: Preview) -> None:
             shown.append(f"‹image {piece.index + 1}{number}›", style="reverse not bold")
         else:
             style = "green underline" if is_target else "dim"
-            shown.append(piece.text, style=f"{style} {'bold' if piece.is_special else 'not bold'}")
+            shown.append(
+                visible(piece.text), style=f"{style} {'bold' if piece.is_special else 'not bold'}"
+            )
     if was_target and not is_terminal:
         shown.append("⟧")
     if preview.remarks:
