@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,8 +161,65 @@ def test_sharded_and_bin_weights(shelf: Path, tmp_path: Path) -> None:
         assert all(torch.equal(found[n], t) for n, t in expected.state_dict().items())
 
 
-def test_gguf_weights(shelf: Path, tmp_path: Path) -> None:
+_GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm.weight": "blk.0.attn_norm.weight",
+    "post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    "self_attn.q_proj.weight": "blk.0.attn_q.weight",
+    "self_attn.k_proj.weight": "blk.0.attn_k.weight",
+    "self_attn.v_proj.weight": "blk.0.attn_v.weight",
+    "self_attn.o_proj.weight": "blk.0.attn_output.weight",
+    "mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
+    "mlp.up_proj.weight": "blk.0.ffn_up.weight",
+    "mlp.down_proj.weight": "blk.0.ffn_down.weight",
+}
+"""Names of a Llama of one layer -> those of a GGUF file."""
+
+
+def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
+    """Writes a Llama of one layer of width 32 with two heads, as llama.cpp would."""
     gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    _add_tokenizer(writer)
+    for name, tensor in model.state_dict().items():
+        public = _GGUF_NAMES[name.removeprefix("model.layers.0.")]
+        array = tensor.numpy()
+        if public in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
+            # llama.cpp keeps the halves of a rotary pair side by side.
+            array = array.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(public, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: Any) -> None:
+    """A byte-level one with two merges, filled up to the width of the head."""
+    known = tokenizer().convert_ids_to_tokens(range(259))
+    pieces = [*known, "ab", "cd", *(f"[{i}]" for i in range(261, VOCAB))]
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def test_gguf_weights(shelf: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -174,59 +232,10 @@ def test_gguf_weights(shelf: Path, tmp_path: Path) -> None:
             max_position_embeddings=64,
         )
     )
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(16)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCAB)
-    pieces = [
-        *tokenizer().convert_ids_to_tokens(range(259)),
-        "ab",
-        "cd",
-        *(f"[{i}]" for i in range(261, VOCAB)),
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces)
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-        "input_layernorm.weight": "blk.0.attn_norm.weight",
-        "post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
-        "self_attn.q_proj.weight": "blk.0.attn_q.weight",
-        "self_attn.k_proj.weight": "blk.0.attn_k.weight",
-        "self_attn.v_proj.weight": "blk.0.attn_v.weight",
-        "self_attn.o_proj.weight": "blk.0.attn_output.weight",
-        "mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
-        "mlp.up_proj.weight": "blk.0.ffn_up.weight",
-        "mlp.down_proj.weight": "blk.0.ffn_down.weight",
-    }
-    for name, tensor in model.state_dict().items():
-        public = names[name.removeprefix("model.layers.0.")]
-        array = tensor.numpy()
-        if public in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
-            # llama.cpp keeps the halves of a rotary pair side by side.
-            array = array.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
-        writer.add_tensor(public, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", model)
     config = ModelConfig.model_validate(
-        parts(shelf).model_dump() | {"language_model": {"path": str(folder), "gguf_file": "m.gguf"}}
+        parts(shelf).model_dump()
+        | {"language_model": {"path": str(tmp_path), "gguf_file": "m.gguf"}}
     )
     facts = describe(config)
     built = build_model(config, facts, seed=0, dtype=torch.float32)
