@@ -7,16 +7,21 @@ either proved by a test for its type or tried out when it is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.errors import ModelError
-from vistune.models.attention import packing_mask, register_packed_attention
+from vistune.models.attention import (
+    packed_attention,
+    packing_mask,
+    register_packed_attention,
+)
 from vistune.models.facts import language_family
 from vistune.models.weights import LoadReport, load_strictly
 from vistune.recipe import LanguageModelConfig
@@ -25,6 +30,7 @@ from vistune.recipe import LanguageModelConfig
 PROVED_TYPES = frozenset(
     {"cohere", "gemma", "gemma2", "granite", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"}
 )
+_WATCHED = "vistune_watched"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Buffers that older checkpoints carry and every model computes for itself.
 _HARMLESS_KEYS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids)$")
@@ -128,28 +134,87 @@ def _try_out(model: Any, *, where: str) -> None:
     ids = torch.arange(1, 1 + sum(lengths), device=device).remainder(limit)[None]
     training = model.training
     model.eval()
-    expected = torch.cat(
-        [model(input_ids=part).logits[0] for part in torch.split(ids, lengths, dim=1)]
-    )
-    hidden = _compat.decoder_of(model)(
-        inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=packing_mask(
-            torch.tensor([0, lengths[0], sum(lengths)], device=device), max(lengths)
-        ),
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-        use_cache=False,
-    ).last_hidden_state[0]
-    found = logits_of(model)(hidden)
-    model.train(training)
+    try:
+        expected = torch.cat(
+            [model(input_ids=part).logits[0] for part in torch.split(ids, lengths, dim=1)]
+        )
+        windows: list[int | None] = []
+        with _watched_attention(model, windows):
+            hidden = _compat.decoder_of(model)(
+                inputs_embeds=model.get_input_embeddings()(ids),
+                attention_mask=packing_mask(
+                    torch.tensor([0, lengths[0], sum(lengths)], device=device), max(lengths)
+                ),
+                position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+                use_cache=False,
+            ).last_hidden_state[0]
+        found = logits_of(model)(hidden)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on a packed row",
+            where=where,
+            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="use another language model",
+        ) from error
+    finally:
+        model.train(training)
     # fp32 sums in another order differ by about 1e-6; 16-bit formats keep 8 to 11 bits.
     tolerance = 1e-4 if expected.dtype is torch.float32 else 5e-2
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error <= tolerance:
+    error_frac = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not error_frac <= tolerance:
         raise ModelError(
             f"{type(model).__name__} gives other results for a packed row than for its samples",
             where=where,
-            got=f"a relative difference of {error:.1e}",
+            got=f"a relative difference of {error_frac:.1e}",
             expected=f"at most {tolerance:.0e}",
+            fix="use another language model",
+        )
+    _check_windows(model, windows, where=where)
+
+
+@contextmanager
+def _watched_attention(model: Any, windows: list[int | None]) -> Iterator[None]:
+    """Within this, `windows` gets the sliding window that each layer asks of packed attention."""
+
+    def watched(module: nn.Module, *tensors: Any, **asked: Any) -> tuple[Tensor, None]:
+        windows.append(asked.get("sliding_window"))
+        return packed_attention(module, *tensors, **asked)
+
+    before = model.config._attn_implementation
+    _compat.register_attention(_WATCHED, watched)
+    model.config._attn_implementation = _WATCHED
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        # What is filed stays filed: it must not hold on to the model.
+        _compat.register_attention(_WATCHED, packed_attention)
+
+
+def _check_windows(model: Any, windows: list[int | None], *, where: str) -> None:
+    """Refuses layers whose window is in the mask alone, which a packed row does not have.
+
+    The rows tried out are shorter than any window, so their results do not show it.
+
+    Raises:
+        ModelError: A layer slides a window and does not tell attention.
+    """
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if window is None or (longest is not None and window >= longest):
+        return
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
+    slides = [kind == "sliding_attention" for kind in kinds]
+    silent = [n for n, (s, w) in enumerate(zip(slides, windows, strict=False)) if s and w != window]
+    if silent:
+        raise ModelError(
+            f"{type(model).__name__} slides a window of {window} positions that it does not tell"
+            " attention, so that longer samples of a packed row would see too much",
+            where=where,
+            got=f"{len(silent)} of {len(windows)} layers",
             fix="use another language model",
         )
 
