@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,41 @@ def test_chat_answers_once_and_through_a_pipe(
 def test_chat_refuses_what_does_not_fit(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("chat", str(desk.run), "--prompt", "x" * 300, "--device", "cpu") == 2
     assert "the model takes 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["hf", "vistune", "llava", "xtuner"])
+def test_an_export_says_what_to_run_next(
+    desk: Desk, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    target = desk.root / f"an export to {form}"
+    assert call("export", str(desk.run), "--to", form, "--output", str(target)) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    program, *arguments = shlex.split(line.removeprefix("next: "))
+    assert program == "vistune" and str(target) in arguments
+    arguments[arguments.index("photo.jpg")] = str(desk.image)
+    assert call(*arguments, "--prompt", "Colour?", "--max-new-tokens", "2") == 0
+    assert capsys.readouterr().err.count("error") == 0
+
+
+def test_an_exported_adapter_says_how_to_load_it(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from vistune.export import next_step
+
+    target = desk.root / "adapter"
+    assert call("export", str(desk.run), "--to", "adapter", "--output", str(target)) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next (in Python): ")
+    names = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    found = eval(line, names)
+    assert any("lora_A" in name for name, _ in found.named_parameters())
+    # Of a whole model of transformers there is one adapter, on all of it.
+    config = target / "language_model" / "adapter_config.json"
+    (target / "adapter_config.json").write_text(config.read_text())
+    whole = next_step(desk.run, to="adapter", output=target)
+    assert "AutoModelForImageTextToText" in whole and f"{str(target)!r})" in whole
 
 
 def test_an_export_answers_like_the_run(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def export(
     sat_qkv: SatRows = None,
 ) -> None:
     """Merge adapters and write the model for transformers, PEFT or vistune itself."""
-    from vistune.export import export_model
+    from vistune.export import export_model, next_step
 
     written = export_model(
         run,
@@ -55,3 +55,5 @@ def export(
         origin=origin_of(template, vision_tower, language_model, sat_qkv),
     )
     print(f"written: {written}")
+    place = " (in Python)" if to is Target.ADAPTER else ""
+    print(f"next{place}: {next_step(run, to=to.value, output=written)}")
