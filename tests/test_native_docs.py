@@ -52,15 +52,23 @@ def test_every_command_is_one_the_tools_take(words: list[str]) -> None:
         assert words[0] == "hf"  # the hub's own command
 
 
-def test_the_recipe_shown_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", range(2))
+def test_the_recipes_shown_train(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (shown,) = blocks(PAGES[0], "yaml")
-    Path("my-qwen.yaml").write_text(shown, encoding="utf-8")
+    shown = blocks(PAGES[0], "yaml")
+    assert len(shown) == 2
+    Path("shown.yaml").write_text(shown[number], encoding="utf-8")
     write_native("qwen2_5_vl", tmp_path / "models" / "Qwen2.5-VL-3B-Instruct")
     Path("images").mkdir()
     Image.new("RGB", (40, 60), (200, 30, 30)).save("images/a.png")
     turns = '[{"from": "human", "value": "<image>\\nwhat?"}, {"from": "gpt", "value": "red"}]'
     Path("train.json").write_text(f'[{{"id": "1", "image": "a.png", "conversations": {turns}}}]')
     settings = ["device=cpu", "data.workers=0", "batch.samples=1"]
-    result = train(load_recipe("my-qwen.yaml", settings), console=Console(quiet=True))
-    assert result.steps == 1 and (tmp_path / "runs" / "my-qwen").is_dir()
+    if number == 1:  # the tiny model has two layers
+        settings.append("train.checkpoint_layers=2")
+    recipe = load_recipe("shown.yaml", settings)
+    result = train(recipe, console=Console(quiet=True))
+    assert result.steps == 1 and (tmp_path / "runs" / recipe.recipe.name).is_dir()
+    assert recipe.recipe.name in ("my-qwen", "my-qwen-full")
