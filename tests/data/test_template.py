@@ -304,6 +304,53 @@ def test_a_processor_puts_the_begin_of_text_in_front_unless_it_is_there() -> Non
     assert not resolve_template("auto", Stub(), adds_bos=True).add_bos
 
 
+# As processors' templates are: messages are lists of parts, images stand first.
+OF_PARTS = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {% for p in m['content'] if p['type'] =="
+    " 'image' %}<image>\n{% endfor %}{% for p in m['content'] if p['type'] == 'text' %}"
+    "@OPEN@{{ p['text'] }}@CLOSE@ {% endfor %}{% endfor %}{% if add_generation_prompt %}"
+    "ASSISTANT:{% endif %}"
+)
+
+
+def stub_of(source: str) -> Any:
+    class Stub:
+        chat_template: Any = source
+        special_tokens_map = {"eos_token": "</s>"}
+        added_tokens_decoder: dict[int, Any] = {}
+        all_special_tokens = ["</s>"]
+        eos_token = "</s>"
+
+    return Stub()
+
+
+def test_a_template_of_parts_is_given_parts() -> None:
+    plain = template_of(stub_of(OF_PARTS.replace("@OPEN@", "").replace("@CLOSE@", "")))
+    prompt = show(plain.segments(TURNS[:1], add_generation_prompt=True))
+    assert prompt == "USER: <image>\n\nQ1 ASSISTANT:"
+    with pytest.raises(RowError, match="learn to stop"):
+        plain.segments(TURNS)
+    ended = OF_PARTS.replace("@OPEN@", "").replace("@CLOSE@", "{{ eos_token }}")
+    text = show(template_of(stub_of(ended)).segments(TURNS[:2]))
+    assert text == "USER: <image>\n\nQ1</s> ASSISTANT:⟦ A1</s>⟧ "
+
+
+def test_blocks_that_never_end_are_for_asking_only() -> None:
+    blocks = OF_PARTS.replace("@OPEN@", "{% generation %}").replace(
+        "@CLOSE@", "{% endgeneration %}"
+    )
+    template = template_of(stub_of(blocks))
+    assert show(template.segments(TURNS[:1], add_generation_prompt=True)).endswith("ASSISTANT:")
+    with pytest.raises(RowError, match="learn to stop"):
+        template.segments(TURNS)
+
+
+def test_a_template_that_leaves_out_what_is_asked_is_refused() -> None:
+    for source in ("{% for m in messages %}USER: {% endfor %}", OF_PARTS.replace("<image>", "")):
+        with pytest.raises(TemplateError, match="leaves out"):
+            template_of(stub_of(source))
+
+
 def test_template_of_a_tokenizer() -> None:
     class Stub:
         chat_template: Any = CHATML

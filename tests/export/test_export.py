@@ -13,6 +13,7 @@ from tiny_parts import VOCAB, composed, encoder, packed_logits, row, text_config
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from vistune._version import __version__
+from vistune.assembly import load_assembled
 from vistune.checkpoint.layouts import describe_directory, load_directory
 from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.checkpoint.merge import merge_adapters
@@ -257,6 +258,37 @@ def test_llava_made_by_transformers_is_read(tmp_path: Path, shelf: Path) -> None
     for ids, image, found in zip(made.ids, made.images, packed_logits(ours, made), strict=True):
         expected = theirs(input_ids=ids[None], pixel_values=image).logits[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_template_of_transformers_llava(tmp_path: Path) -> None:
+    from tiny_parts import PREPROCESSOR, tokenizer, vision_model
+
+    LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision_model("clip").config,
+            text_config=text_config("llama"),
+            image_token_index=259,
+        )
+    ).save_pretrained(tmp_path)
+    tokenizer(image_token=True).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    # Without one it is Vicuna's; the processor's own goes first, in whichever file it stands.
+    assert load_assembled(tmp_path).encoder.template.name == "vicuna_v1"
+    own = (
+        "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
+        "{% else %}{{ p['text'] }}</s>{% endif %}{% endfor %}{% endfor %}"
+    )
+    picture = Image.new("RGB", (56, 56))
+    for name, text in (
+        ("chat_template.json", json.dumps({"chat_template": own})),
+        ("chat_template.jinja", own),
+    ):
+        (tmp_path / name).write_text(text)
+        coder = load_assembled(tmp_path).encoder
+        sample = coder.encode_prompt([Turn("user", (0, "What?"))], [picture])
+        assert int((sample.input_ids == 259).sum()) == 4
+        assert coder.tokenizer.decode(sample.input_ids[-6:]).endswith("What?</s>")
+        (tmp_path / name).unlink()
 
 
 CONVERSATION = [

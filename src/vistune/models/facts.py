@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vistune.models.families import LanguageFamily
 
 IMAGE_TOKEN = "<image>"
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -296,6 +297,24 @@ def load_tokenizer(path: str, *, key: str, **arguments: Any) -> tuple[Any, int]:
     except Exception as error:  # tokenizer files fail in many ways, all of them the user's to mend
         raise hub_error(error, path=path, key=key) from error
     return tokenizer, image_token_of(tokenizer)
+
+
+def processor_template(folder: Path) -> str | None:
+    """Returns the chat template of a directory's processor, None where it brings none.
+
+    Args:
+        folder: A model directory in the hub's layout.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    for name in _TEMPLATE_FILES:
+        file = folder / name
+        if file.suffix == ".jinja" and file.is_file():
+            return file.read_text(encoding="utf-8")
+        if file.is_file() and "chat_template" in (values := read_json(file)):
+            return str(values["chat_template"])
+    return None
 
 
 def image_token_of(tokenizer: Any) -> int:

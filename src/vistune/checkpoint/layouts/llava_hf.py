@@ -25,7 +25,13 @@ from vistune.checkpoint.layouts.names import (
 from vistune.errors import ModelError
 from vistune.models.anyres import grids_of, tiles_of, with_tiles
 from vistune.models.compose import ComposedConfig, ComposedVLM
-from vistune.models.facts import ModelFacts, load_tokenizer, read_image_defaults, read_json
+from vistune.models.facts import (
+    ModelFacts,
+    load_tokenizer,
+    processor_template,
+    read_image_defaults,
+    read_json,
+)
 from vistune.models.language.decoder import check_config, check_model
 from vistune.models.towers.families import FAMILIES, plan_tower, tower_grid
 
@@ -51,10 +57,8 @@ def describe(folder: Path) -> ModelFacts:
     Raises:
         ModelError: The model has a form that a composed model cannot take.
     """
-    from transformers import LlavaConfig, LlavaNextConfig
-
     is_next = _is_next(folder)
-    config = (LlavaNextConfig if is_next else LlavaConfig).from_pretrained(folder)
+    config = read_config(folder)
     _check(config, where=str(folder / "config.json"))
     select: Literal["patch", "cls_patch"] = "patch"
     has_class = FAMILIES[config.vision_config.model_type].class_token
@@ -67,6 +71,9 @@ def describe(folder: Path) -> ModelFacts:
         where=str(folder),
     )
     tokenizer, _ = load_tokenizer(str(folder), key=KEY)
+    tokenizer.chat_template = processor_template(folder) or tokenizer.chat_template
+    # As of the original: LLaVA on Vicuna brought no template for years.
+    is_vicuna = tokenizer.chat_template is None and config.text_config.model_type == "llama"
     facts = ModelFacts(
         tokenizer=tokenizer,
         image_token_id=int(config.image_token_index),
@@ -75,6 +82,7 @@ def describe(folder: Path) -> ModelFacts:
         vision_config=vision_config,
         text_config=config.text_config,
         tower=plan,
+        template="vicuna_v1" if is_vicuna else "auto",
         adds_bos=True,
     )
     if not is_next:
@@ -83,6 +91,13 @@ def describe(folder: Path) -> ModelFacts:
     side = int(config.vision_config.image_size)
     tiles = grids_of(config.image_grid_pinpoints, side, swapped=False, where=where)
     return with_tiles(facts, tiles, where=where)
+
+
+def read_config(folder: Path) -> Any:
+    """Returns transformers' config of a directory."""
+    from transformers import LlavaConfig, LlavaNextConfig
+
+    return (LlavaNextConfig if _is_next(folder) else LlavaConfig).from_pretrained(folder)
 
 
 def _is_next(folder: Path) -> bool:

@@ -34,6 +34,9 @@ from vistune.types import Turn
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 _IMAGE = re.compile(f"{_OPEN}i([0-9]+){_CLOSE}")
 _BLOCK_OPEN, _BLOCK_CLOSE = "\ue0f2", "\ue0f3"
+_NO_END = "no special token ends an answer, so the model could not learn to stop"
+_IMAGE_TEXT = "<image>"
+"""What templates for LLaVA write where a message has an image part."""
 _FORBIDDEN = re.compile("[\ue0f0-\ue0f3]")
 
 
@@ -113,6 +116,10 @@ class JinjaTemplate(ChatTemplate):
             end = self._missing_end(pieces[index], pieces[index + 1])
             pieces[index] += end
             pieces[index + 1] = pieces[index + 1].removeprefix(end)
+            if not add_generation_prompt and not any(
+                t in pieces[index] for t in self.special_tokens
+            ):
+                self._refuse(_NO_END)
         out: list[Segment] = []
         for index, piece in enumerate(pieces):
             _emit(out, piece, is_target=index % 2 == 1)
@@ -163,7 +170,7 @@ class JinjaTemplate(ChatTemplate):
         # Of what follows an answer, the text up to and with the first special token is learnt.
         ends = [tail.find(token) + len(token) for token in self.special_tokens if token in tail]
         if not ends or _IMAGE.search(tail[: min(ends)]):
-            self._refuse("no special token ends an answer, so the model could not learn to stop")
+            self._refuse(_NO_END)
         return min(ends)
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -246,6 +253,7 @@ def template_of(
         image_open=image_open,
         image_close=image_close,
     )
+    template = _taking_parts(template)
     ends = _ends(template, (Turn("user", ("Hi",)), Turn("assistant", ("Hello",))))
     if not ends:
         rounds = (Turn("user", ("Hi",)), Turn("assistant", ("Hello",)), Turn("user", ("So?",)))
@@ -253,6 +261,36 @@ def template_of(
         template = template.model_copy(update={"closing": ends[0] if ends else ""})
     stop = [*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])]
     return template.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
+
+
+def _taking_parts(template: JinjaTemplate) -> JinjaTemplate:
+    """Returns a template with its messages in the form it takes: texts, or lists of typed parts.
+
+    Templates of processors loop over parts, and write nothing at all where a text stands.
+
+    Raises:
+        TemplateError: It shows the text of a message in neither form.
+    """
+    if template.image_text or _shows(template, "Hi"):
+        return template
+    with_parts = template.model_copy(update={"image_text": _IMAGE_TEXT})
+    if not _shows(with_parts, "Hi", f"{_OPEN}i0{_CLOSE}"):
+        raise TemplateError(
+            "the tokenizer's chat template leaves out what a person says",
+            where="data.template",
+            got=template.source[:200],
+            fix="name one: data.template=vicuna_v1 (or plain, chatml, ...)",
+        )
+    return with_parts
+
+
+def _shows(template: JinjaTemplate, *texts: str) -> bool:
+    message = {"role": "user", "content": "".join(texts)}
+    try:
+        shown = template._render([message], add_generation_prompt=True)
+    except RowError:
+        return not template.image_text  # rows will be refused for the same reason, by name
+    return all(text in shown for text in texts)
 
 
 def _ends(template: JinjaTemplate, turns: Sequence[Turn]) -> list[str]:

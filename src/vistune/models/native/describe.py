@@ -10,7 +10,7 @@ import torch
 
 from vistune.errors import ModelError
 from vistune.models.attention import register_packed_attention
-from vistune.models.facts import ModelFacts, read_json
+from vistune.models.facts import ModelFacts, processor_template, read_json
 from vistune.models.native.contract import (
     NATIVE,
     LooksAhead,
@@ -24,7 +24,6 @@ from vistune.models.weights import hub_error, load_strictly, quiet_transformers
 KEY = "model.from_checkpoint"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 
 
 def is_native(values: dict[str, Any]) -> bool:
@@ -58,7 +57,7 @@ def describe_native(folder: Path) -> ModelFacts:
         raise hub_error(error, path=str(folder), key=KEY) from error
     family = family_of(config)
     # The processor's template goes before the tokenizer's own, which often knows text alone.
-    tokenizer.chat_template = _chat_template(folder) or tokenizer.chat_template
+    tokenizer.chat_template = processor_template(folder) or tokenizer.chat_template
     processor = read_processor(folder)
     grid = family.grid(config)
     both_ways = _reads_prompts_both_ways(family)
@@ -101,16 +100,6 @@ def read_processor(folder: Path) -> dict[str, Any]:
         expected=" or ".join(_PROCESSOR_FILES),
         fix="download the directory again, with its small files",
     )
-
-
-def _chat_template(folder: Path) -> str | None:
-    for name in _TEMPLATE_FILES:
-        file = folder / name
-        if file.suffix == ".jinja" and file.is_file():
-            return file.read_text(encoding="utf-8")
-        if file.is_file() and "chat_template" in (values := read_json(file)):
-            return str(values["chat_template"])
-    return None
 
 
 def load_native(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> NativeVLM:
