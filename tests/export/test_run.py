@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,19 @@ def test_every_form_answers_like_the_run(shelf: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "vistune")
     assert manifest.kind == "model" and manifest.parts is None and manifest.tune == {}
     assert manifest.merged_from == (str(tmp_path / "step_3"),)
-    # A whole directory can be exported on.
+    # A whole directory can be exported on; it holds of the encoder what the model uses of it.
     export_model(tmp_path / "vistune", to="hf", output=tmp_path / "hf2")
     state, other = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "hf2"))
-    assert state.keys() == other.keys()
+    more = state.keys() - other.keys()
+    assert other.keys() < state.keys() and all(".encoder.layers.2." in name for name in more)
+    layers = [
+        json.loads((tmp_path / d / "config.json").read_text())["vision_feature_layer"]
+        for d in ("hf", "hf2")
+    ]
+    assert layers == [-2, -1]
+    found = packed_logits(load_assembled(tmp_path / "hf2").model, made)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b[:, : a.shape[1]], a, atol=1e-5, rtol=1e-5)
 
 
 def test_adapter_form(shelf: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vistune.checkpoint.layouts.llava_hf import TOWER_TYPES, from_composed
-from vistune.checkpoint.layouts.names import NEWLINE, model_state
+from vistune.checkpoint.layouts.names import NEWLINE, VISION, model_state
 from vistune.data.encode import Encoder
 from vistune.data.layout import AnyresLayout
 from vistune.errors import ModelError
@@ -28,6 +28,7 @@ from vistune.export.files import (
     write_weights,
 )
 from vistune.export.jinja import chat_template
+from vistune.export.tower import WholeTower
 from vistune.models.anyres import pinpoints_of
 from vistune.models.compose import ComposedVLM
 from vistune.models.connectors import last_linear
@@ -68,13 +69,16 @@ def misfits(model: ComposedVLM) -> list[str]:
     return found
 
 
-def write_hf(model: ComposedVLM, encoder: Encoder, folder: Path) -> None:
+def write_hf(
+    model: ComposedVLM, encoder: Encoder, folder: Path, *, tower: WholeTower | None = None
+) -> None:
     """Writes a model as a transformers LLaVA directory.
 
     Args:
         model: Adapters merged.
         encoder: Its encoder.
         folder: An empty directory.
+        tower: The whole vision encoder; what the model uses of it alone is written when None.
 
     Raises:
         ModelError: The model is not one that class can compute.
@@ -90,9 +94,13 @@ def write_hf(model: ComposedVLM, encoder: Encoder, folder: Path) -> None:
     state = {from_composed(name): tensor for name, tensor in model_state(model).items()}
     num_rows = _widen(state, model)
     _scale_connector(state, model)
-    _add_unused_norm(state, model)
+    if tower is None:
+        _add_unused_norm(state, model)
+    else:
+        dtype = next(model.vision_tower.parameters()).dtype
+        state |= {from_composed(f"{VISION}{n}"): t.to(dtype) for n, t in tower.rest.items()}
     write_weights(folder, state)
-    _write_configs(model, encoder, folder, num_rows=num_rows)
+    _write_configs(model, encoder, folder, num_rows=num_rows, tower=tower)
     _write_processor(model, encoder, folder)
 
 
@@ -135,7 +143,14 @@ def _add_unused_norm(state: dict[str, Tensor], model: ComposedVLM) -> None:
     state[f"{prefix}.bias"] = torch.zeros(width, dtype=like.dtype)
 
 
-def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_rows: int) -> None:
+def _write_configs(
+    model: ComposedVLM,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    num_rows: int,
+    tower: WholeTower | None,
+) -> None:
     from transformers import GenerationConfig, LlavaConfig, LlavaNextConfig
 
     config = model.config
@@ -149,12 +164,12 @@ def _write_configs(model: ComposedVLM, encoder: Encoder, folder: Path, *, num_ro
         kind, own = LlavaNextConfig, {"image_grid_pinpoints": pinpoints}
     side = encoder.image_plan.size_px
     llava = kind(
-        vision_config=config.vision_config.to_dict(),
+        vision_config=(config.vision_config if tower is None else tower.config).to_dict(),
         text_config=text,
         image_token_index=model.image_token_id,
         image_seq_length=model.grid.num_tokens(side, side),
         projector_hidden_act="gelu",
-        vision_feature_layer=-1,
+        vision_feature_layer=-1 if tower is None else tower.layer(model),
         vision_feature_select_strategy=_strategy(model),
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         architectures=[_class_name(model)],

@@ -1,6 +1,7 @@
 """Writes the original LLaVA's layout (`LlavaLlamaForCausalLM`): its names, its config, no code.
 
-As in the released checkpoints the tower is left out and named in the config, unless it was trained.
+As in the released checkpoints of 1.5 the tower is left out and named in the config, unless it was
+trained or came with the model.
 
 Source: LLaVA v1.2.2.post1.
 """
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
-from vistune.checkpoint.layouts.llava_original import public_state
+from vistune.checkpoint.layouts.llava_original import from_composed, public_state
+from vistune.checkpoint.layouts.names import VISION
 from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.data.layout import AnyresLayout
 from vistune.errors import ModelError
 from vistune.export.files import write_json, write_tokenizer, write_weights
+from vistune.export.tower import WholeTower
 from vistune.models.anyres import pinpoints_of
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import read_vision_config
@@ -46,7 +49,13 @@ def misfits_llava(model: ComposedVLM) -> list[str]:
 
 
 def write_llava(
-    model: ComposedVLM, encoder: Encoder, manifest: Manifest, folder: Any, *, tower_path: str | None
+    model: ComposedVLM,
+    encoder: Encoder,
+    manifest: Manifest,
+    folder: Any,
+    *,
+    tower_path: str | None,
+    tower: WholeTower | None,
 ) -> None:
     """Writes a directory that the original code loads.
 
@@ -56,6 +65,7 @@ def write_llava(
         manifest: Its description, of kind `model`.
         folder: An empty directory.
         tower_path: The encoder the tower was cut from.
+        tower: That encoder, whole; what the model uses of it alone is written when None.
 
     Raises:
         ModelError: The layout has no place for this model, or the encoder is not known.
@@ -71,8 +81,12 @@ def write_llava(
     whole = read_vision_config(VisionTowerConfig(path=tower_path))
     kept = int(model.config.vision_config.num_hidden_layers)
     state = public_state(model)
-    if _is_original(model, tower_path):
+    inside = tower is not None and tower.inside
+    if not inside and _is_original(model, tower_path):
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_TOWER)}
+    elif tower is not None:
+        dtype = next(model.vision_tower.parameters()).dtype
+        state |= {from_composed(f"{VISION}{n}"): t.to(dtype) for n, t in tower.rest.items()}
     write_weights(folder, state)
     text = model.config.text_config
     settings = {

@@ -28,8 +28,8 @@ from vistune.errors import CheckpointError, ModelError
 from vistune.export.adapter import write_adapter
 from vistune.export.family import write_family
 from vistune.export.files import new_directory
-from vistune.export.hf import compare_hf, write_hf
-from vistune.export.llava import write_llava
+from vistune.export.hf import compare_hf, misfits, write_hf
+from vistune.export.llava import misfits_llava, write_llava
 from vistune.export.native import (
     check_native_form,
     compare_native,
@@ -37,6 +37,7 @@ from vistune.export.native import (
     write_native,
 )
 from vistune.export.native_adapter import write_native_adapter
+from vistune.export.tower import whole_tower
 from vistune.export.vistune_model import write_vistune
 from vistune.export.xtuner import write_xtuner
 from vistune.models.compose import ComposedVLM
@@ -133,26 +134,29 @@ def _write_merged(
     elif to == "native" or to == "sat":
         write_family(model, encoder, whole, target, to=to, dtype=dtype, origin=stands_on)
     else:
-        tower_path = _tower_path(blueprint.parts)
-        _write_llava_kind(found, whole, target, to=to, tower_path=tower_path, verify=verify)
+        _write_llava_kind(found, whole, blueprint, target, to=to, verify=verify)
 
 
 def _write_llava_kind(
     found: Assembled,
     whole: Manifest,
+    blueprint: Blueprint,
     target: Path,
     *,
     to: Target,
-    tower_path: str | None,
     verify: bool,
 ) -> None:
     """Writes transformers' LLaVA or the original one, which only composed models can be."""
     model = found.model
     assert isinstance(model, ComposedVLM)
+    wrong = misfits_llava(model) if to == "llava" else misfits(model)
+    # What does not fit is said before the encoder is read once more.
+    tower = None if wrong else whole_tower(model, blueprint.sources)
     if to == "llava":
-        write_llava(model, found.encoder, whole, target, tower_path=tower_path)
+        tower_path = _tower_path(blueprint.parts)
+        write_llava(model, found.encoder, whole, target, tower_path=tower_path, tower=tower)
         return
-    write_hf(model, found.encoder, target)
+    write_hf(model, found.encoder, target, tower=tower)
     if verify:
         _check_same(compare_hf(model, found.encoder, target), model, where=found.origin)
 
@@ -175,12 +179,12 @@ def _check_same(error: float, model: torch.nn.Module, *, where: Path) -> None:
 def _stored_dtype(facts: ModelFacts, origin: Path | None) -> torch.dtype:
     """Returns the format a model's weights are stored in where it comes from.
 
-    The configs of parts say it. Those of the families often do not; there the weights are asked.
+    The configs of parts say it. Where those of whole models do not, the weights are asked.
     """
     stored = getattr(facts.text_config, "dtype", None)
     if isinstance(stored, torch.dtype):
         return stored
-    if facts.tower is not None or origin is None:
+    if origin is None:
         return torch.float32
     sat = is_sat(origin)
     tensors = read_sat_tensors(origin).values() if sat else (t for _, t in read_tensors(origin))

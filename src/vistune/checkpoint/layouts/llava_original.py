@@ -77,7 +77,7 @@ def describe(folder: Path, *, tower_path: str | None = None) -> ModelFacts:
     """
     values = read_json(folder / "config.json")
     _check(values, where=str(folder / "config.json"))
-    tower = _tower_of(values, tower_path)
+    tower = tower_of(values, tower_path)
     whole = read_vision_config(tower)
     plan, vision_config = plan_tower(
         whole, layer=tower.layer, select=tower.select, where=tower.path, scales=tower.s2 or ()
@@ -136,7 +136,13 @@ def _template(values: dict[str, Any], tokenizer: Any) -> str:
     return "auto" if own else "vicuna_v1"
 
 
-def _tower_of(values: dict[str, Any], path: str | None) -> VisionTowerConfig:
+def tower_of(values: dict[str, Any], path: str | None) -> VisionTowerConfig:
+    """Returns the encoder that a config.json names.
+
+    Args:
+        values: Its content.
+        path: Where the encoder is; where the config says it is when None.
+    """
     return VisionTowerConfig(
         path=path or str(values["mm_vision_tower"]),
         layer=int(values.get("mm_vision_select_layer", -1)),
@@ -158,6 +164,9 @@ def _text_config(values: dict[str, Any]) -> Any:
     known = set(AutoConfig.for_model(text_type).to_dict())
     own = {key: value for key, value in values.items() if key in known}
     own |= {"architectures": None, "model_type": text_type}
+    stored = values.get("dtype", values.get("torch_dtype"))
+    if stored is not None:
+        own["dtype"] = stored
     if "rope_theta" in values:  # older configs have it beside rope_scaling
         own["rope_theta"] = values["rope_theta"]
     return AutoConfig.for_model(**own)
@@ -217,7 +226,7 @@ def load(
     tensors = dict(read_tensors(folder))
     if not any(name.startswith(_TOWER) for name in tensors):
         tower, _ = load_tower(
-            _tower_of(values, tower_path), facts.vision_config, facts.tower, dtype=dtype
+            tower_of(values, tower_path), facts.vision_config, facts.tower, dtype=dtype
         )
         tensors |= {f"{_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
     model = fill_model(config, tensors, to_composed, dtype=dtype, where=str(folder))
