@@ -225,7 +225,9 @@ def test_adapters_beside_rounded_weights(
     # Adapters are merged into the weights as they were loaded, so what did not train is unchanged.
     before = load_assembled(wide_shelf / kind).model.state_dict()
     same = [n for n, t in trained.model.state_dict().items() if torch.equal(t, before[n])]
-    assert same and not {trained.model.module_map.role_of(n) for n in same} >= {"connector"}
+    # Biases that move all scores of a window alike change nothing: their gradients are zero.
+    moved = [n for n in same if not n.startswith("connector.mining.key.") or "bias" not in n]
+    assert same and not {trained.model.module_map.role_of(n) for n in moved} >= {"connector"}
 
 
 def test_only_the_visual_experts_of_cogvlm2(shelf: Path, tmp_path: Path) -> None:

@@ -116,12 +116,14 @@ def facts_of(config: Any) -> ModelFacts:
     return ModelFacts(None, 0, grid, None, None, text, None, whole_config=config)  # type: ignore[arg-type]
 
 
-def build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def build(
+    config: Any, device: torch.device, dtype: torch.dtype, *, make: Any = family_skeleton
+) -> Any:
     """Builds a model of random numbers on a device."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with device:
-        model = family_skeleton(config)
+        model = make(config)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -279,11 +281,13 @@ def as_shipped(args: argparse.Namespace) -> dict[str, Any]:
     """Stage 1 as public MGM computes it, over the same modules as ours.
 
     Four micro-batches of 8 padded rows, every decoder layer computed again, logits at every
-    position in fp32, both towers run without gradients.
+    position in fp32, both towers run without gradients; see `mgm_shipped` for the pictures.
     """
+    from mgm_shipped import ShippedMGM
+
     device, dtype = target(tiny=args.tiny)
     config = mgm_config(tiny=args.tiny)
-    model = build(config, device, dtype)
+    model = build(config, device, dtype, make=ShippedMGM)
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
     model.connector.float()

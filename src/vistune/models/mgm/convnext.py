@@ -8,6 +8,7 @@ scale. Maps leave the tower stage by stage; `joined_map` lays them over one anot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 
 _NORM_EPS = 1e-6
 _MLP_RATIO = 4
+
+
+def _kernels(maps: Tensor) -> ModuleType | None:
+    """Returns the Triton kernels where they run: forward only, in the weights' own format."""
+    if not maps.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return None
+    from vistune.models.mgm import triton_ops
+
+    return triton_ops
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -57,8 +67,20 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, maps_NCYX: Tensor) -> Tensor:
         """Returns [N, C, Y, X]."""
-        states = self.mlp(self.norm(self.conv_dw(maps_NCYX).permute(0, 2, 3, 1)))
-        change = states.permute(0, 3, 1, 2) * self.gamma[:, None, None]
+        ops = _kernels(maps_NCYX)
+        if ops is None:
+            normed_NYXC = self.norm(self.conv_dw(maps_NCYX).permute(0, 2, 3, 1))
+        else:
+            assert self.conv_dw.bias is not None
+            normed_NYXC = ops.depthwise_norm(
+                maps_NCYX,
+                self.conv_dw.weight,
+                self.conv_dw.bias,
+                self.norm.weight,
+                self.norm.bias,
+                eps=self.norm.eps,
+            ).permute(0, 2, 3, 1)
+        change = self.mlp(normed_NYXC).permute(0, 3, 1, 2) * self.gamma[:, None, None]
         if self.training and self.drop_path_rate > 0.0:
             keep = 1.0 - self.drop_path_rate
             kept = torch.rand(change.shape[0], 1, 1, 1, device=change.device) < keep
@@ -143,6 +165,10 @@ def joined_map(stages: Sequence[Tensor]) -> Tensor:
     Returns:
         [N, sum of widths, Y, X] in the stages' number format and order in memory.
     """
+    ops = _kernels(stages[0])
+    if ops is not None:
+        joined: Tensor = ops.joined_map(stages)
+        return joined
     size = stages[0].shape[-2:]
     enlarged = [
         F.interpolate(maps, size=size, mode="bilinear", align_corners=False) for maps in stages[1:]

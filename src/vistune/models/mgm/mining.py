@@ -86,16 +86,9 @@ class PatchInfoMining(nn.Module):
         query = self.query(low_NPC)
         kind = query.device.type
         with torch.autocast(kind, enabled=False):
-            window_NPWC = windows(maps_NCYX, num_patches=low_NPC.shape[1])
-            # Once for keys and values. The sums are fp32 in any format; autocast would also make
-            # the map an fp32 tensor twice over.
-            normed_NPWC = F.layer_norm(window_NPWC, window_NPWC.shape[-1:], eps=_NORM_EPS)
-            normed_NPWC = normed_NPWC.to(query.dtype)
             key, _ = _absorbed(self.key)
             asked_NPC = F.linear(query, key.t().to(query.dtype))
-            found_NPC: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
-                asked_NPC, normed_NPWC, query.shape[-1] ** -0.5
-            )
+            found_NPC = _attend(asked_NPC, maps_NCYX, scale=query.shape[-1] ** -0.5)
             value, offset = _absorbed(self.value)
             out = F.linear(found_NPC, value.to(query.dtype), offset.to(query.dtype))
             # Their gradients are zero, not missing.
@@ -108,7 +101,9 @@ def _absorbed(projection: nn.Sequential) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of a norm's gain and bias and a linear layer in one, in fp32."""
     norm, linear = _parts(projection)
     weight = _wide(linear.weight)
-    return weight * _wide(norm.weight), F.linear(_wide(norm.bias), weight, _wide(linear.bias))
+    # As a sum: a matrix library's product with one vector depends on where the weights lie.
+    offset = (weight * _wide(norm.bias)).sum(1) + _wide(linear.bias)
+    return weight * _wide(norm.weight), offset
 
 
 def _parts(projection: nn.Sequential) -> tuple[nn.LayerNorm, nn.Linear]:
@@ -120,6 +115,48 @@ def _parts(projection: nn.Sequential) -> tuple[nn.LayerNorm, nn.Linear]:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _attend(query_NPC: Tensor, maps_NCYX: Tensor, *, scale: float) -> Tensor:
+    """Returns the sums over each patch's window of normalised positions, weighted by a softmax."""
+    found: Tensor
+    if maps_NCYX.is_cuda and not maps_NCYX.requires_grad:
+        maps_NCYX = maps_NCYX.contiguous(memory_format=torch.channels_last)
+        found = _FusedAttention.apply(query_NPC, maps_NCYX, scale)  # type: ignore[no-untyped-call]
+        return found
+    window_NPWC = windows(maps_NCYX, num_patches=query_NPC.shape[1])
+    # Once for keys and values. The sums are fp32 in any format; autocast would also make the map
+    # an fp32 tensor twice over.
+    normed_NPWC = F.layer_norm(window_NPWC, window_NPWC.shape[-1:], eps=_NORM_EPS)
+    normed_NPWC = normed_NPWC.to(query_NPC.dtype)
+    found = _WindowAttention.apply(query_NPC, normed_NPWC, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The same over a map that needs no gradient, read where it lies."""
+
+    @staticmethod
+    def forward(ctx: Any, query_NPC: Tensor, maps_NCYX: Tensor, scale: float) -> Tensor:
+        from vistune.models.mgm.triton_ops import attend_windows
+
+        found_NPC, sums = attend_windows(query_NPC, maps_NCYX, scale=scale, eps=_NORM_EPS)
+        ctx.save_for_backward(maps_NCYX, *sums)
+        ctx.scale = scale
+        return found_NPC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NPC: Tensor) -> tuple[Tensor, None, None]:
+        from vistune.models.mgm.triton_ops import WindowSums, attend_windows_backward
+
+        maps_NCYX, *sums = ctx.saved_tensors
+        scale = ctx.scale
+        return (
+            attend_windows_backward(grad_NPC, maps_NCYX, WindowSums(*sums), scale=scale),
+            None,
+            None,
+        )
 
 
 class _WindowAttention(torch.autograd.Function):
