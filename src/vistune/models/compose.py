@@ -22,6 +22,7 @@ from vistune.models.contract import ModuleMap
 from vistune.models.facts import vision_config_from
 from vistune.models.fused.trunk import FusedTrunk
 from vistune.models.language.decoder import check_config
+from vistune.models.language.rotary import settle_rotary
 from vistune.models.splice import splice
 from vistune.models.spliced import SplicedLanguageModel
 from vistune.models.towers.families import (
@@ -172,6 +173,7 @@ class ComposedVLM(SplicedLanguageModel):
         self.tiles: Tiles | None = None if config.tiles is None else Tiles(width)
         # Whatever a saved config says: any other attention would mix packed samples.
         language_model.config._attn_implementation = register_packed_attention()
+        settle_rotary(language_model)
         self._finish(keep_weights=given)
 
     def _finish(self, *, keep_weights: bool) -> None:

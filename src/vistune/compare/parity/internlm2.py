@@ -18,6 +18,7 @@ from vistune.models.language.internlm2 import (
     internlm2_to_llama_config,
     public_frequencies,
 )
+from vistune.models.language.rotary import settle_rotary
 
 NAME = "internlm2"
 _SCALING = {"type": "dynamic", "factor": 2.0}
@@ -81,11 +82,10 @@ def _dynamic(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     longest = int(long.shape[1])
     model = LlamaForCausalLM(config_of_scaled).eval()
     model.load_state_dict(state)
+    settle_rotary(model)
     ledger.compare("dynamic_ntk_long_logits", model(long).logits)
-    # The public code keeps the long text's frequencies for whatever follows it; the Llama class
-    # goes back to the plain ones, so a model that has seen no long text is given them.
-    model = LlamaForCausalLM(config_of_scaled).eval()
-    model.load_state_dict(state)
+    # The public code keeps the long text's frequencies for whatever follows it; here each text has
+    # its own, so the model is given them.
     model.model.rotary_emb.inv_freq = public_frequencies(model.config, longest_tokens=longest)
     first = ledger.take("input_ids")[:1]
     ledger.compare(

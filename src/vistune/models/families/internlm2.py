@@ -17,6 +17,7 @@ from vistune.models.language.internlm2 import (
     internlm2_keys,
     internlm2_to_llama_config,
 )
+from vistune.models.language.rotary import settle_rotary
 
 
 def load_internlm2(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -37,6 +38,7 @@ def load_internlm2(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     fill(model, internlm2_keys(config).from_public(public, where=where), where=where)
     # Its tables are no weights, so they are still without memory.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    settle_rotary(model)
     return model.eval()
 
 

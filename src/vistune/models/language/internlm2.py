@@ -160,9 +160,9 @@ def public_frequencies(config: LlamaConfig, *, longest_tokens: int) -> Tensor:
     """Rotary frequencies of the public code once it has seen a text of some length.
 
     With dynamic scaling a text beyond `max_position_embeddings` stretches the frequencies. The
-    public code keeps them stretched for every later text, short ones included; the Llama classes
-    go back, so that an answer does not depend on what was asked before. This is for comparing
-    with outputs of the public code only.
+    public code keeps them stretched for every later text, short ones included; here every text has
+    its own (`rotary`), so that an answer does not depend on what was asked before. This is for
+    comparing with outputs of the public code only.
 
     Args:
         config: The model's Llama config, with dynamic scaling.
