@@ -262,3 +262,17 @@ def test_a_model_that_cannot_be_planned_says_so(tmp_path):
         memory_model(
             config, facts, tune=LORA, train=TrainConfig(steps=1), dtype=torch.float32, fused=False
         )
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_tower_in_fewer_bits_is_counted_so(tmp_path, form):
+    tunes = [
+        TuneConfig.model_validate({"vision": {"mode": "freeze", "frozen_format": f}})
+        for f in ("same", form)
+    ]
+    same, fewer = (planned(tmp_path, tune, fused=False).roles for tune in tunes)
+    model, _ = composed(tmp_path)
+    linear = [m.weight for m in model.vision_tower.modules() if type(m) is torch.nn.Linear]
+    saved = sum(w.nbytes - frozen_bytes(w, form) for w in linear)
+    assert saved > 0 and same["vision"].weights - fewer["vision"].weights == saved
+    assert all(same[role] == fewer[role] for role in ("connector", "language", "head"))

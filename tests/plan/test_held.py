@@ -68,6 +68,12 @@ def test_rounded_weights_are_counted_as_held(tmp_path: Path) -> None:
         found = held(one, draw(one).facts, KnownDevice("x", 1.0), dtype=torch.bfloat16)
         totals.append(found.roles["language"].weights)
     assert totals[0] > totals[1] > totals[2]
+    towers = []
+    for form in ("same", "int8", "nf4"):
+        one = recipe(folder, tune={**TUNE, "vision": {"mode": "freeze", "frozen_format": form}})
+        found = held(one, draw(one).facts, KnownDevice("x", 1.0), dtype=torch.bfloat16)
+        towers.append(found.roles["vision"].weights)
+    assert towers[0] > towers[1] > towers[2]
 
 
 def test_the_command_says_what_is_not_known(tmp_path: Path) -> None:

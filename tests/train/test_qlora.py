@@ -1,5 +1,6 @@
 """QLoRA and 8-bit AdamW as whole runs: learning, resuming, answering with unrounded weights."""
 
+import io
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from test_loop import losses, resolved
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vistune.errors import MissingExtraError
-from vistune.recipe import ResolvedRecipe
+from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
 
 QUIET = Console(quiet=True)
@@ -68,6 +69,25 @@ def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, wide, tmp_path, opti
     assert all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
     # Only what trains is saved: no rounded weight leaves the process.
     assert all(".lora_" in name or name.startswith("connector") for name in saved[0])
+
+
+def test_tower_and_language_model_are_held_in_formats_of_their_own(tiny, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    whole = qlora(tiny, tmp_path / "a", "int8", wide)
+    vision = {"mode": "lora", "rank": 2, "frozen_format": "nf4"}
+    tree = whole.recipe.model_dump(mode="json", exclude_none=True)
+    tree["tune"]["vision"] = vision
+    said = Console(file=io.StringIO(), width=200)
+    made = ResolvedRecipe(Recipe.model_validate(tree), {}, "test")
+    train(longer(made, 2), console=said)
+    train(made, resume=True, console=said)
+    assert "frozen weights, vision: 18 linear layers held in nf4" in said.file.getvalue()
+    assert "frozen weights, language: 14 linear layers held in int8" in said.file.getvalue()
+    seen = losses(tmp_path / "a")
+    assert len(seen) == 4 and seen[-1][1] < seen[0][1]
+    saved = load_file(tmp_path / "a/checkpoints/step_00000004/weights.safetensors")
+    assert any(name.startswith("vision_tower") for name in saved)
+    assert all(".lora_" in name or name.startswith("connector") for name in saved)
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])

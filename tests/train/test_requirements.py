@@ -81,9 +81,10 @@ def test_packages_and_devices_are_asked_for_first(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"train\.optimizer.*\n.*vistune\[qlora\]"):
         require_engine(eight_bit, CPU)
     for held in ("int8", "nf4"):
-        language = {"language": {"mode": "freeze", "frozen_format": held}}
-        with pytest.raises(MissingExtraError, match=f"frozen_format={held}"):
-            require_engine(resolved_recipe(tmp_path, tune=language).recipe, CPU)
+        for role in ("language", "vision"):
+            tune = {role: {"mode": "freeze", "frozen_format": held}}
+            with pytest.raises(MissingExtraError, match=f"{role}.frozen_format={held}"):
+                require_engine(resolved_recipe(tmp_path, tune=tune).recipe, CPU)
     mps = Device(torch.device("mps"), "test", torch.float32)
     offloaded = {"steps": 1, "offload": {"optimizer": True}}
     with pytest.raises(DeviceError, match="nowhere to move to"):

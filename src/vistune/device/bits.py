@@ -12,10 +12,15 @@ import torch
 from vistune.errors import DeviceError, MissingExtraError
 
 _KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
+_CAST_NOTICE = "MatMul8bitLt: inputs will be cast from"
 
 
 def _not_the_kernel_notice(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_KERNEL_NOTICE)
+
+
+def _not_the_cast_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_CAST_NOTICE)
 
 
 def quiet_kernel_notice() -> None:
@@ -39,6 +44,8 @@ def import_bitsandbytes(purpose: str) -> Any:
         MissingExtraError: It is not installed.
     """
     quiet_kernel_notice()
+    # A line for every 8-bit product of every step: that inputs are rounded is what int8 means.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_the_cast_notice)
     try:
         return import_module("bitsandbytes")
     except ImportError as error:

@@ -23,8 +23,8 @@ def measure_matmul_tflops(device: Device) -> float | None:
     2 n^3 operations over the median time of 8 products, after 3 that are not counted. It takes
     some milliseconds and, at most, a twentieth of the memory. A chip under long load clocks down,
     so what a whole step reaches of it has a ceiling below 100 %. On a CPU, with as many threads as
-    torch is set to, n is the first of 512, 1,024, ... whose product takes 2 ms: long enough for the
-    threads' start not to count.
+    torch is set to, n is the first of 512, 1,024, ... whose product takes 2 ms, long enough for the
+    threads' start not to count, and the fastest of 5 counts, as others may use the cores too.
 
     Args:
         device: Where to compute.
@@ -36,30 +36,29 @@ def measure_matmul_tflops(device: Device) -> float | None:
         return None
     if device.kind == "cpu":
         side = _SHORTEST_SIDE
-        while side < _SIDES[-1] and _product_s(device, side, rounds=1, warm_up=1) < _LONG_ENOUGH_S:
+        while (fastest_s := min(_products_s(device, side, rounds=5))) < _LONG_ENOUGH_S:
             side *= 2
-        return 2 * side**3 / _product_s(device, side, rounds=_ROUNDS, warm_up=0) / 1e12
+        return 2 * side**3 / fastest_s / 1e12
     free, width = free_memory_gib(device) * 2**30, device.dtype.itemsize
     side = next((n for n in _SIDES if 3 * n * n * width <= _BYTES_SHARE * free), 2048)
-    seconds = _product_s(device, side, rounds=_ROUNDS, warm_up=_WARM_UP)
+    times = sorted(_products_s(device, side, rounds=_WARM_UP + _ROUNDS)[_WARM_UP:])
     torch.accelerator.empty_cache()
-    return 2 * side**3 / seconds / 1e12
+    return 2 * side**3 / times[len(times) // 2] / 1e12
 
 
-def _product_s(device: Device, side: int, *, rounds: int, warm_up: int) -> float:
-    """Returns the median time of a product of two square matrices."""
+def _products_s(device: Device, side: int, *, rounds: int) -> list[float]:
+    """Returns the time of each product of two square matrices."""
     a, b, out = (
         torch.randn(side, side, device=device.torch_device, dtype=device.dtype) for _ in range(3)
     )
     times = []
-    for index in range(warm_up + rounds):
+    for _ in range(rounds):
         device.synchronize()
         started_s = time.perf_counter()
         torch.mm(a, b, out=out)
         device.synchronize()
-        if index >= warm_up:
-            times.append(time.perf_counter() - started_s)
-    return sorted(times)[len(times) // 2]
+        times.append(time.perf_counter() - started_s)
+    return times
 
 
 def free_memory_gib(device: Device) -> float:

@@ -300,25 +300,22 @@ def _role_bytes(
     fused: bool,
 ) -> dict[RoleName, RoleBytes]:
     """Adds up parameters by role, each counted as it will be held."""
-    compact = {
-        id(m.weight): m.weight
-        for layer in layers
-        for m in layer.modules()
-        if isinstance(m, nn.Linear) and not m.weight.requires_grad
-    }
+    frozen_format = tune.held_format("language")
+    compact = {id(w): frozen_format for layer in layers for w in _frozen_linear(layer)}
+    # As `models.tune.quantize` rounds them: by role, whatever the tower is built of.
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and model.module_map.role_of(name) == "vision":
+            compact |= {id(w): tune.held_format("vision") for w in _frozen_linear(module)}
     inside = {id(p) for layer in layers for p in layer.parameters()}
     # A table is looked up in its own format, unless the head multiplies by it.
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    frozen_format = "same" if tune.language.mode == "full" else tune.language.frozen_format
     found = {role: RoleBytes() for role in ROLES}
     for name, parameter in model.named_parameters():
         role = model.module_map.role_of(name)
         before, count = found[role], parameter.numel()
         if not parameter.requires_grad:
-            held = count * parameter.element_size()
-            if id(parameter) in compact:
-                held = frozen_bytes(parameter, frozen_format)
+            held = frozen_bytes(parameter, compact.get(id(parameter), "same"))
             found[role] = replace(before, weights=before.weights + held)
             continue
         is_cast = dtype is not torch.float32 and parameter.dim() > 1 and id(parameter) not in tables
@@ -346,6 +343,14 @@ def _role_bytes(
         language = found["language"]
         found["language"] = replace(language, weights=language.weights + again)
     return found
+
+
+def _frozen_linear(module: nn.Module) -> list[Tensor]:
+    return [
+        m.weight
+        for m in module.modules()
+        if isinstance(m, nn.Linear) and not m.weight.requires_grad
+    ]
 
 
 def _query_key_value(layer: nn.Module) -> list[Tensor]:

@@ -16,8 +16,10 @@ from vistune.models.budget import usable_bytes
 from vistune.models.memory import frozen_bytes
 from vistune.models.native import NativeVLM, native_skeleton
 from vistune.models.tune import apply_tuning
+from vistune.models.tune.quantize import QUANTISED_ROLES
 from vistune.plan.devices import KnownDevice
-from vistune.recipe import Recipe
+from vistune.recipe import Recipe, TuneConfig
+from vistune.recipe.schema import FrozenFormat
 from vistune.recipe.sizes import resident_optimizer_bytes
 from vistune.types import ROLES, RoleName
 
@@ -82,9 +84,7 @@ def held(recipe: Recipe, facts: ModelFacts, device: KnownDevice, *, dtype: torch
     with torch.device("meta"):
         model = native_skeleton(facts).to(dtype)
         apply_tuning(model, recipe.tune, seed=0)
-    language = recipe.tune.language
-    frozen_format = "same" if language.mode == "full" else language.frozen_format
-    compact = _compact(model)
+    compact = _compact(model, recipe.tune)
     roles = {role: RoleHeld() for role in ROLES}
     for name, parameter in model.named_parameters():
         role, count = model.module_map.role_of(name), parameter.numel()
@@ -96,9 +96,7 @@ def held(recipe: Recipe, facts: ModelFacts, device: KnownDevice, *, dtype: torch
                 before.optimizer + resident_optimizer_bytes(count, recipe.train),
             )
             continue
-        weights = count * parameter.element_size()
-        if id(parameter) in compact:
-            weights = frozen_bytes(parameter, frozen_format)
+        weights = frozen_bytes(parameter, compact.get(id(parameter), "same"))
         roles[role] = replace(before, weights=before.weights + weights)
     parameters = list(model.parameters())
     return Held(
@@ -109,14 +107,15 @@ def held(recipe: Recipe, facts: ModelFacts, device: KnownDevice, *, dtype: torch
     )
 
 
-def _compact(model: NativeVLM) -> set[int]:
-    """Returns the frozen weights that may be held in fewer bits, as `models.tune.quantize` does."""
+def _compact(model: NativeVLM, tune: TuneConfig) -> dict[int, FrozenFormat]:
+    """Returns how the weights are held that `models.tune.quantize` may hold in fewer bits."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
-        id(module.weight)
+        id(module.weight): tune.held_format(role)
+        for role in QUANTISED_ROLES
         for name, module in model.named_modules()
         if type(module) is nn.Linear
-        and model.module_map.role_of(name) == "language"
+        and model.module_map.role_of(name) == role
         and ".lora_" not in name
         and not any(p.requires_grad for p in module.parameters(recurse=False))
         and id(module.weight) not in tables

@@ -31,11 +31,11 @@ class FreezeTune(Section):
     mode: Literal["freeze"] = "freeze"
     """Train nothing."""
     frozen_format: FrozenFormat = "same"
-    """Format the frozen weights are held in (language only): `same` as `dtype`; `fp8` (row-wise
-    scales, products in FP8 forward and backward; needs a device that multiplies FP8); `int8` or
-    `nf4` (8 or about 4 bits a weight by bitsandbytes, products in `dtype`: for small cards; needs
-    the extra `qlora`). Checkpoints hold adapters only, and exports merge them into the weights as
-    they were loaded."""
+    """Format the frozen weights of linear layers are held in: `same` as `dtype`; `fp8` (language
+    only: row-wise scales, products in FP8 forward and backward; needs a device that multiplies
+    FP8); `int8` or `nf4` (language and vision: 8 or about 4 bits a weight by bitsandbytes, products
+    in `dtype`: for small cards; needs the extra `qlora`). Checkpoints hold adapters only, and
+    exports merge them into the weights as they were loaded."""
 
 
 class FullTune(Section):
@@ -98,13 +98,20 @@ class TuneConfig(Section):
         for name in ("connector", "head"):
             if getattr(self, name).mode == "lora":
                 raise ValueError(f"tune.{name} takes freeze or full, not lora")
-        for name in ("vision", "connector", "head"):
+        for name in ("connector", "head"):
             tune = getattr(self, name)
             if tune.mode != "full" and tune.frozen_format != "same":
                 raise ValueError(
-                    f"tune.{name}.frozen_format is 'same'; only language takes another"
+                    f"tune.{name}.frozen_format is 'same'; only language and vision take another"
                 )
+        if self.held_format("vision") == "fp8":
+            raise ValueError("tune.vision.frozen_format takes same, int8 or nf4; fp8 is language's")
         return self
+
+    def held_format(self, role: Literal["vision", "language"]) -> FrozenFormat:
+        """Returns the format a role's frozen linear weights are held in; `same` if all train."""
+        tune: RoleTune = {"vision": self.vision, "language": self.language}[role]
+        return "same" if tune.mode == "full" else tune.frozen_format
 
 
 class UrlConfig(Section):

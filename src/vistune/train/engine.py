@@ -92,7 +92,7 @@ def _set_up_layers(
     layers = install_fused(
         model,
         mode=train.fused,
-        fp8=language.mode != "full" and language.frozen_format == "fp8",
+        fp8=recipe.tune.held_format("language") == "fp8",
         num_recomputed=train.checkpoint_layers,
     )
     trunk = fused_trunk(model)

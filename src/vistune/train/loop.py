@@ -248,7 +248,7 @@ def _model(
     from vistune.assembly import build, lay_over
     from vistune.models.flops import work_of
     from vistune.models.tune import Tuning, apply_tuning
-    from vistune.models.tune.quantize import quantize_frozen
+    from vistune.models.tune.quantize import QUANTISED_ROLES, quantize_frozen
 
     if opened.checkpoint is None:
         model = build(blueprint, seed=recipe.seed, dtype=device.dtype)
@@ -264,16 +264,13 @@ def _model(
         has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
         inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}
     work = work_of(model, recipe.tune)  # before layers are merged or rounded
-    language = recipe.tune.language
-    if language.mode != "full" and language.frozen_format in ("int8", "nf4"):
-        count = quantize_frozen(
-            model,
-            "language",
-            language.frozen_format,
-            dtype=device.dtype,
-            device=device.torch_device,
-        )
-        console.print(f"frozen weights: {count} linear layers held in {language.frozen_format}")
+    for role in QUANTISED_ROLES:
+        held = recipe.tune.held_format(role)
+        if held == "int8" or held == "nf4":
+            count = quantize_frozen(
+                model, role, held, dtype=device.dtype, device=device.torch_device
+            )
+            console.print(f"frozen weights, {role}: {count} linear layers held in {held}")
     model.to(device.torch_device)
     last = None if opened.checkpoint is None else opened.directory.last_engine()
     engine = set_up_engine(model, recipe, device, console)

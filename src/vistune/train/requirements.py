@@ -10,6 +10,7 @@ from vistune.device.attention import require_attention
 from vistune.device.bits import require_bitsandbytes, require_fp8
 from vistune.device.transfer import Transfer
 from vistune.models.kernels import require_liger
+from vistune.models.tune.quantize import QUANTISED_ROLES
 from vistune.recipe import Recipe
 
 
@@ -24,7 +25,7 @@ def require_engine(recipe: Recipe, device: Device) -> None:
         DeviceError: The device does not offer what a setting names.
         MissingExtraError: A package is not installed.
     """
-    train, language = recipe.train, recipe.tune.language
+    train = recipe.train
     require_attention(train.attention, device.torch_device, device.dtype)
     if train.kernels == "liger":
         require_liger(device.torch_device)
@@ -32,9 +33,9 @@ def require_engine(recipe: Recipe, device: Device) -> None:
         require_bitsandbytes("train.optimizer=adamw_8bit")
     if train.offload.activations or train.offload.optimizer:
         Transfer(device.torch_device)
-    if language.mode == "full" or language.frozen_format == "same":
-        return
-    if language.frozen_format == "fp8":
-        require_fp8(device.torch_device)
-    else:
-        require_bitsandbytes(f"tune.language.frozen_format={language.frozen_format}")
+    for role in QUANTISED_ROLES:
+        held = recipe.tune.held_format(role)
+        if held == "fp8":
+            require_fp8(device.torch_device)
+        elif held != "same":
+            require_bitsandbytes(f"tune.{role}.frozen_format={held}")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny_parts import composed, row, write_language
+from tiny_parts import SIZE_PX, composed, row, write_language, write_tower
 from torch import nn
 
 from vistune.errors import MissingExtraError, ModelError
@@ -106,3 +106,36 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtraError, match=r"vistune\[qlora\]"):
         quantized(tmp_path, "nf4")
+
+
+@pytest.mark.parametrize(("frozen_format", "near"), [("int8", 0.03), ("nf4", 0.2)])
+@pytest.mark.parametrize("tune", ["freeze", "lora"])
+def test_a_tower_is_held_compactly_by_its_own_role(tmp_path, frozen_format, near, tune):
+    bnb = pytest.importorskip("bitsandbytes")
+    write_tower(tmp_path / "vision_clip", "clip", hidden_size=64, intermediate_size=128)
+    model, _ = composed(tmp_path)
+    apply_tuning(model, TuneConfig.model_validate({"vision": {"mode": tune}}), seed=0)
+    pixels = torch.randn(2, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.image_features(pixels)
+        count = quantize_frozen(model, "vision", frozen_format, dtype=torch.float32, device=CPU)
+        found = model.image_features(pixels)
+    kind = {"int8": bnb.nn.Linear8bitLt, "nf4": bnb.nn.Linear4bit}[frozen_format]
+    compact = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    # Two layers (features are taken before the third) of six linear layers.
+    assert count == len(compact) == 2 * 6
+    assert all(model.module_map.role_of(name) == "vision" for name in compact)
+    assert 0 < float((found - expected).norm() / expected.norm()) < near
+
+
+def test_layers_over_maps_of_four_dimensions_are_held_in_8_bits_too(tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    model, _ = composed(tmp_path, vision="convnextv2")
+    pixels = torch.randn(2, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    with torch.no_grad():
+        expected = model.image_features(pixels)
+        assert quantize_frozen(model, "vision", "int8", dtype=torch.float32, device=CPU) > 0
+        found = model.image_features(pixels)
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.03
+    assert not caplog.records  # not a line for every product

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vistune.device.bits import import_bitsandbytes
 from vistune.errors import ModelError
 from vistune.models.contract import TunableModel
 from vistune.types import RoleName
 
+QUANTISED_ROLES: tuple[Literal["vision", "language"], ...] = ("vision", "language")
+"""Roles whose frozen linear layers may be held in 8 or 4 bits."""
 _BLOCK = 64
 # Normal numbers rounded to 16 levels in blocks of 64 are off by 0.09 of their norm.
 _LARGEST_ERROR = 0.15
@@ -120,6 +122,20 @@ def _check_widths(
             )
 
 
+def _of_any_shape(kind: Any) -> Any:
+    """Returns the package's 8-bit layer for inputs of four dimensions too (maps of a ConvNeXt).
+
+    Bitsandbytes 0.50 flattens inputs of three dimensions and fails on more.
+    """
+
+    class Linear8bit(kind):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = super().forward(x.flatten(0, -2))
+            return found.view(*x.shape[:-1], -1)
+
+    return Linear8bit
+
+
 def _rounded(
     bitsandbytes: Any,
     linear: nn.Linear,
@@ -146,7 +162,8 @@ def _rounded(
         )
     else:
         # threshold 0: no outlier columns are kept apart, so that the product is one kernel.
-        held = kinds.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False, threshold=0.0)
+        made = _of_any_shape(kinds.Linear8bitLt)
+        held = made(*shape, bias=has_bias, has_fp16_weights=False, threshold=0.0)
         held.weight = kinds.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if has_bias:
         held.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
