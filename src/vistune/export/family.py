@@ -20,10 +20,12 @@ from vistune.data.encode import Encoder
 from vistune.errors import ModelError
 from vistune.models.chatglm.tokenizer import VOCABULARY_NAME
 from vistune.models.cogvlm2 import CogVLM2ForConditionalGeneration
+from vistune.models.families.visualglm import is_sat, read_sat_tensors
 from vistune.models.language.pieces import PIECES_NAME
 from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.visualglm import VisualGLMForConditionalGeneration
+from vistune.models.visualglm.keys import POSITIONS
 from vistune.models.whole import WholeModel
 
 
@@ -66,7 +68,8 @@ def write_family(
         write_mgm(model, folder, dtype=dtype)
     elif isinstance(model, VisualGLMForConditionalGeneration):
         if to == "sat":
-            write_visualglm_sat(model, folder, dtype=dtype)
+            found = read_sat_tensors(origin) if origin is not None and is_sat(origin) else {}
+            write_visualglm_sat(model, folder, dtype=dtype, positions=found.get(POSITIONS))
         else:
             write_visualglm_hf(model, folder, dtype=dtype)
     else:

@@ -109,13 +109,28 @@ class KeyMap:
             where: File or directory, for messages.
 
         Raises:
-            WeightsError: A tensor is missing or left over; they are listed.
+            WeightsError: A tensor is missing or left over; they are listed. Or one does not split.
         """
         self.check({entry.public for entry in self.entries}, set(tensors), where=where)
         own: dict[str, Tensor] = {}
         for entry in self.entries:
-            own.update(zip(entry.own, entry.form.split(tensors[entry.public]), strict=True))
+            tensor = tensors[entry.public]
+            try:
+                parts = entry.form.split(tensor)
+                own.update(zip(entry.own, parts, strict=True))
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise WeightsError(
+                    "a tensor has a shape that does not split into its parts",
+                    where=where,
+                    got=f"{entry.public} {tuple(tensor.shape)}",
+                    expected=f"rows of {', '.join(entry.own)}",
+                    fix="use the config.json that belongs to these weights",
+                ) from error
         return own
+
+    def public_names(self) -> dict[str, str]:
+        """Returns the public name behind each of ours, for messages."""
+        return {name: entry.public for entry in self.entries for name in entry.own}
 
     def to_public(self, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
         """Renames our tensors to the public layout's, with what it carries besides.

@@ -63,6 +63,7 @@ def model() -> ComposedVLM:
         composed,
         load_file(FIXTURE / "model.safetensors"),
         llava_original.to_composed,
+        llava_original.from_composed,
         dtype=torch.float32,
         where="fixture",
     )

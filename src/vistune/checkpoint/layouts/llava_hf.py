@@ -158,7 +158,12 @@ def load(folder: Path, facts: ModelFacts, *, dtype: torch.dtype) -> ComposedVLM:
         tiles=tiles_of(facts) if _is_next(folder) else None,
     )
     model = fill_model(
-        config, dict(read_tensors(folder)), to_composed, dtype=dtype, where=str(folder)
+        config,
+        dict(read_tensors(folder)),
+        to_composed,
+        from_composed,
+        dtype=dtype,
+        where=str(folder),
     )
     check_model(model.language_model, where=str(folder))
     return model

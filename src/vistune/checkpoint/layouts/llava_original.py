@@ -229,7 +229,7 @@ def load(
             tower_of(values, tower_path), facts.vision_config, facts.tower, dtype=dtype
         )
         tensors |= {f"{_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
-    model = fill_model(config, tensors, to_composed, dtype=dtype, where=str(folder))
+    model = fill_model(config, tensors, to_composed, from_composed, dtype=dtype, where=str(folder))
     check_model(model.language_model, where=str(folder))
     return model
 

@@ -19,6 +19,7 @@ def fill_model(
     config: ComposedConfig,
     tensors: Mapping[str, Tensor],
     rename: Callable[[str], str],
+    back: Callable[[str], str],
     *,
     dtype: torch.dtype,
     where: str,
@@ -29,6 +30,7 @@ def fill_model(
         config: What the model is made of.
         tensors: Weights by their public names.
         rename: Public name -> name in the composed model.
+        back: The other way, for what is missing.
         dtype: Format of the weights.
         where: Directory, for messages.
 
@@ -40,6 +42,7 @@ def fill_model(
     """
     plan = config.tower_plan
     state: dict[str, Tensor] = {}
+    named: dict[str, str] = {}
     twice = []
     for public, tensor in tensors.items():
         name = rename(public)
@@ -50,7 +53,7 @@ def fill_model(
             continue
         if name in state:
             twice.append(public)
-        state[name] = tensor
+        state[name], named[name] = tensor, public
     check_keys(unexpected=twice, where=where)
     with quiet_transformers():
         model, info = ComposedVLM.from_pretrained(
@@ -62,9 +65,9 @@ def fill_model(
             output_loading_info=True,
         )
     check_keys(
-        missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
-        mismatched=[tuple(entry) for entry in info["mismatched_keys"]],
+        missing=[back(name) for name in info["missing_keys"]],
+        unexpected=[named.get(name, name) for name in info["unexpected_keys"]],
+        mismatched=[(named.get(name, name), *shapes) for name, *shapes in info["mismatched_keys"]],
         where=where,
     )
     assert isinstance(model, ComposedVLM)

@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vistune.models.families.visualglm import SAT_CONFIG_NAME, SAT_WEIGHTS_NAME
 from vistune.models.visualglm import VisualGLMForConditionalGeneration
-from vistune.models.visualglm.keys import sat_map
+from vistune.models.visualglm.keys import POSITIONS, sat_map
 from vistune.recipe import QkvOrder
 
 _ITERATION = "1"
@@ -24,16 +25,17 @@ def write_visualglm_sat(
     *,
     qkv: QkvOrder = "blocks",
     dtype: torch.dtype = torch.float16,
+    positions: Tensor | None = None,
 ) -> None:
     """Writes `model_config.json`, `latest` and the weights.
-
-    The position table that SAT allocates and never reads is written as zeros.
 
     Args:
         model: The model, adapters merged.
         directory: Made if missing.
         qkv: Order of ChatGLM's fused rows; "by_head" for SAT before July 2023.
         dtype: Number format of the weights; the public ones are float16.
+        positions: The position table that SAT allocates and never reads, as it was found; zeros
+            when None.
 
     Raises:
         WeightsError: The model holds something the layout has no place for, such as adapters
@@ -41,6 +43,8 @@ def write_visualglm_sat(
     """
     key_map = sat_map(model.config, qkv=qkv)
     public = key_map.to_public(model.state_dict(), where=str(directory))
+    if positions is not None:
+        public[POSITIONS] = positions
     folder = directory / _ITERATION
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in public.items()}

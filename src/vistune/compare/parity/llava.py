@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from vistune.checkpoint.layouts.llava_original import to_composed
+from vistune.checkpoint.layouts.llava_original import from_composed, to_composed
 from vistune.checkpoint.layouts.names import fill_model
 from vistune.compare.parity.ledger import Ledger
 from vistune.compare.parity.pictures import PLACEHOLDER, Spliced, prepared, spliced
@@ -71,7 +71,9 @@ def _load(directory: Path, config: dict[str, Any]) -> ComposedVLM:
         image_embed_scale=1.0,
     )
     tensors = dict(read_tensors(directory))
-    return fill_model(composed, tensors, to_composed, dtype=torch.float32, where=str(directory))
+    return fill_model(
+        composed, tensors, to_composed, from_composed, dtype=torch.float32, where=str(directory)
+    )
 
 
 def _pictures(config: dict[str, Any], ledger: Ledger) -> None:

@@ -185,7 +185,13 @@ def _unpickled(path: Path, *, device: Literal["cpu", "meta"]) -> Mapping[str, Te
     return found
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+def fill(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    where: str,
+    public: Mapping[str, str] | None = None,
+) -> None:
     """Puts tensors into a model built on the meta device: every one, and no other.
 
     The tensors become the model's own, so no second copy of the weights is made.
@@ -194,14 +200,17 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None
         model: The model, on the meta device.
         tensors: By the model's own names, in the number format they shall have.
         where: The directory, for messages.
+        public: What the directory calls tensors of the model, where that is something else.
 
     Raises:
         WeightsError: A tensor is missing, left over or of another shape; all are listed.
     """
+    public = public or {}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_names(expected.keys(), tensors.keys(), where=where)
     wrong = [
-        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+        f"{f'{public[name]} as ' if name in public else ''}{name} {tuple(tensors[name].shape)} "
+        f"instead of {shape}"
         for name, shape in expected.items()
         if tuple(tensors[name].shape) != shape
     ]

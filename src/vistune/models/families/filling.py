@@ -19,6 +19,7 @@ def filled(
     dtype: torch.dtype,
     *,
     where: str,
+    public: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Returns a model with given weights, in evaluation mode.
 
@@ -31,6 +32,7 @@ def filled(
         tensors: By the model's names; every one, a tied head left out.
         dtype: Number format of the weights.
         where: The directory, for messages.
+        public: What the directory calls the model's tensors, see `fill`.
 
     Raises:
         WeightsError: A tensor is missing, left over or of another shape.
@@ -41,7 +43,7 @@ def filled(
     head = "language_model.lm_head.weight"
     if config.tie_word_embeddings:
         tensors[head] = tensors["language_model.model.embed_tokens.weight"]
-    fill(model, tensors, where=where)
+    fill(model, tensors, where=where, public=public)
     if config.tie_word_embeddings:
         model.tie_weights()
     out = model.eval()

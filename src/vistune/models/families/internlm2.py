@@ -34,8 +34,8 @@ def load_internlm2(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     config = internlm2_to_llama_config(read_config(directory))
     model = built_on_meta(lambda: LlamaForCausalLM(config))
     public = {name: tensor.to(dtype) for name, tensor in read_tensors(directory)}
-    where = str(directory)
-    fill(model, internlm2_keys(config).from_public(public, where=where), where=where)
+    where, keys = str(directory), internlm2_keys(config)
+    fill(model, keys.from_public(public, where=where), where=where, public=keys.public_names())
     # Its tables are no weights, so they are still without memory.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     settle_rotary(model)
@@ -49,11 +49,10 @@ class InternLM2Family:
 
     def matches(self, config: Mapping[str, Any], keys: Set[str]) -> bool:
         """Says whether a model directory holds this family; see `Family.matches`."""
-        return config.get("model_type", MODEL_TYPE) == MODEL_TYPE and {
-            "model.tok_embeddings.weight",
-            "model.layers.0.attention.wqkv.weight",
-            "output.weight",
-        } <= set(keys)
+        return config.get("model_type", MODEL_TYPE) == MODEL_TYPE and any(
+            key.startswith("model.layers.") and key.endswith(".attention.wqkv.weight")
+            for key in keys
+        )
 
     def settings(self, directory: Path) -> LlamaConfig:
         """Returns the Llama config of a public directory; see `internlm2_to_llama_config`."""

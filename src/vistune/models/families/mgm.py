@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vistune.errors import WeightsError
 from vistune.models.families.contract import FAMILIES
 from vistune.models.families.files import (
     CONFIG_NAME,
@@ -20,7 +21,7 @@ from vistune.models.families.filling import filled
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
 from vistune.models.mgm.keys import mgm_map
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class MGMFamily:
     def matches(self, config: Mapping[str, Any], keys: Set[str]) -> bool:
         """Says whether names and settings are this MGM's.
 
-        The head is tied in Gemma only; the same towers on Llama have one of their own.
+        The head is tied in Gemma only; the same towers on Llama have one of their own. Files that
+        were not written as safetensors hold a tied head all the same; there the config says it.
         """
-        towers = {
-            "model.vision_tower_aux.vision_stem.0.weight",
-            "model.vlm_uni_query_projector.0.weight",
-        }
+        # By groups of names: a single one that is missing shall be named, not hide the family.
+        tower = any(key.startswith("model.vision_tower_aux.") for key in keys)
+        mining = any(key.startswith("model.vlm_uni_") for key in keys)
+        named = (config.get("model_type"), *(config.get("architectures") or ()))
+        on_gemma = _HEAD not in keys or bool({"mgm_gemma", "MGMGemmaForCausalLM"} & set(named))
         cuts = int(config.get("image_grid", 1)) > 1
-        return towers <= keys and _HEAD not in keys and cuts == self.cuts
+        return tower and mining and on_gemma and cuts == self.cuts
 
     def settings(self, directory: Path) -> MGMConfig:
         """Returns the config of a model directory, sizes read off its tensors' shapes."""
@@ -70,8 +73,24 @@ class MGMFamily:
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             where=str(directory / CONFIG_NAME),
         )
-        own = mgm_map(config).from_public(tensors, where=str(directory))
-        model = filled(MGMForConditionalGeneration, config, own, dtype, where=str(directory))
+        head = tensors.pop(_HEAD, None)
+        if head is not None and not torch.equal(head, tensors.get(_EMBEDDING, head[:0])):
+            raise WeightsError(
+                "the head is not the embedding, to which Gemma's is tied",
+                where=str(directory),
+                got=f"{_HEAD} {tuple(head.shape)}",
+                expected=f"what {_EMBEDDING} holds, or no {_HEAD}",
+            )
+        key_map = mgm_map(config)
+        own = key_map.from_public(tensors, where=str(directory))
+        model = filled(
+            MGMForConditionalGeneration,
+            config,
+            own,
+            dtype,
+            where=str(directory),
+            public=key_map.public_names(),
+        )
         assert isinstance(model, MGMForConditionalGeneration)
         return model
 

@@ -38,8 +38,9 @@ class VisualGLMFamily:
 
     def matches(self, config: Mapping[str, Any], keys: Set[str]) -> bool:
         """Says whether tensors' names are VisualGLM's in one of its layouts."""
-        projections = {"image_encoder.glm_proj.weight", "mixins.eva.model.glm_proj.weight"}
-        return _TEXT in keys and bool(projections & keys)
+        # By groups of names: a single one that is missing shall be named, not hide the family.
+        vision = any(key.startswith(("image_encoder.", "mixins.eva.model.")) for key in keys)
+        return vision and any(key.startswith("transformer.layers.") for key in keys)
 
     def settings(self, directory: Path) -> VisualGLMConfig:
         """Returns the config of a model directory in either layout."""
@@ -74,7 +75,14 @@ class VisualGLMFamily:
             key_map = hf_map(config)
         _check_vocabulary(tensors, config.text_config, where=where)
         own = key_map.from_public(tensors, where=str(directory))
-        model = filled(VisualGLMForConditionalGeneration, config, own, dtype, where=str(directory))
+        model = filled(
+            VisualGLMForConditionalGeneration,
+            config,
+            own,
+            dtype,
+            where=str(directory),
+            public=key_map.public_names(),
+        )
         assert isinstance(model, VisualGLMForConditionalGeneration)
         return model
 
@@ -108,8 +116,10 @@ def load_chatglm(directory: Path, dtype: torch.dtype) -> ChatGLMForCausalLM:
     config = ChatGLMConfig.from_public(read_config(directory), where=where)
     tensors = dict(read_tensors(directory))
     _check_vocabulary(tensors, config, where=where)
-    own = chatglm_map(config).from_public(tensors, where=str(directory))
-    model = filled(ChatGLMForCausalLM, config, own, dtype, where=str(directory))
+    key_map = chatglm_map(config)
+    own = key_map.from_public(tensors, where=str(directory))
+    names = key_map.public_names()
+    model = filled(ChatGLMForCausalLM, config, own, dtype, where=str(directory), public=names)
     assert isinstance(model, ChatGLMForCausalLM)
     return model
 
@@ -175,7 +185,7 @@ def _check_vocabulary(tensors: Mapping[str, Tensor], config: ChatGLMConfig, *, w
         raise ModelError(
             "config and weights have different vocabularies",
             where=where,
-            got=f"vocab_size {config.vocab_size} in the config, {rows} embeddings",
+            got=f"vocab_size {config.vocab_size} in the config, {rows} rows in {_TEXT}",
             expected="130528 in both (since v1.1) or 150528 in both (first release)",
             fix="use the config and tokenizer that belong to the weights",
         )

@@ -17,6 +17,8 @@ from vistune.models.keymap import pairs as _pairs
 from vistune.models.visualglm.configuration import VisualGLMConfig
 from vistune.recipe import QkvOrder
 
+POSITIONS = "transformer.position_embeddings.weight"
+"""A table that SAT allocates and ChatGLM never reads."""
 _BOTH = ("weight", "bias")
 
 
@@ -66,7 +68,7 @@ def sat_map(config: VisualGLMConfig, *, qkv: QkvOrder = "blocks") -> KeyMap:
         layout="VisualGLM SAT",
         entries=(*decoder, *_vision(config, "mixins.eva.model.")),
         unread={
-            "transformer.position_embeddings.weight": positions,
+            POSITIONS: positions,
             "mixins.chatglm-attn.rotary_emb.inv_freq": _frequencies(text),
         },
     )
