@@ -1,6 +1,8 @@
 """The device contract on the machine at hand: names, formats, and no silent substitute."""
 
+import platform
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,13 @@ from vistune.errors import DeviceError
 def test_a_cpu_computes_in_fp32_unless_told_otherwise():
     assert select_device("cpu").dtype is torch.float32
     assert select_device("cpu", "bf16").dtype is torch.bfloat16
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the system does not say it")
+def test_a_cpu_goes_by_its_own_name():
+    name = select_device("cpu").name
+    said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert name in said if "model name" in said else name == platform.machine()
 
 
 def test_the_memory_of_a_cpu_is_that_of_the_process():

@@ -45,8 +45,8 @@ def set_up(
 def test_every_choice_is_said_and_returned(tmp_path: Path) -> None:
     _, engine, said, _ = set_up(tmp_path, LORA)
     assert said.splitlines() == [
-        "attention: language model sdpa (one call for each sample, on any device); vision tower"
-        " sdpa (images of one size are a plain batch)",
+        "attention, language model: sdpa (one call for each sample, on any device)",
+        "attention, vision tower: sdpa (images of one size are a plain batch)",
         "decoder layers: transformers' own",
         "kernels: torch (Triton does not run on cpu)",
     ]

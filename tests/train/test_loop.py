@@ -135,7 +135,7 @@ def test_files_of_a_run(tiny, tmp_path):
         "24 of 24 rows usable",
         "connector (full, lr 0.001)",
         "vision (freeze)",
-        "attention: language model sdpa (one call for each sample, on any device)",
+        "attention, language model: sdpa (one call for each sample, on any device)",
     ):
         assert expected in text
     assert "done: 6 steps" in text and "step_00000006" in text

@@ -1,5 +1,6 @@
 """What is refused before a run is discarded, and what a start that failed leaves behind."""
 
+import io
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from train_fakes import resolved_recipe
 
 from our_loop import recipe as bench_recipe
@@ -16,6 +18,7 @@ from vistune.device import Device
 from vistune.errors import CheckpointError, DeviceError, MissingExtraError, VistuneError
 from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import loop, train
+from vistune.train.fit import Job
 from vistune.train.loop import _heaviest_steps
 from vistune.train.requirements import require_engine
 
@@ -129,3 +132,20 @@ class Plans:
 )
 def test_the_heaviest_steps_are_by_tokens_and_by_images(lengths, image_tokens, expected):
     assert _heaviest_steps(Plans(lengths, image_tokens)) == expected
+
+
+def test_a_rehearsal_over_real_rows_changes_no_bit_of_a_run(tiny, tmp_path, monkeypatch):
+    def rehearsed(**fields):
+        found = _heaviest_steps(fields["data"])
+        assert found
+        return Job(**{**fields, "rehearsals": found})
+
+    adapters = {"language": {"mode": "lora", "rank": 2, "dropout": 0.2}}  # draws random numbers
+    train(recipe(tiny, tmp_path / "a", tune=adapters, data={"workers": 1}), console=QUIET)
+    monkeypatch.setattr(loop, "Job", rehearsed)
+    said = Console(file=io.StringIO(), width=200)
+    train(recipe(tiny, tmp_path / "b", tune=adapters, data={"workers": 1}), console=said)
+    assert "rehearsed: " in said.file.getvalue() and "the longest row" in said.file.getvalue()
+    name = "checkpoints/step_00000002/weights.safetensors"
+    a, b = (load_file(tmp_path / which / name) for which in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -106,11 +107,20 @@ def select_device(device: str = "auto", dtype: str = "auto") -> Device:
     else:
         chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     if kind == "cpu":
-        name = platform.processor() or platform.machine()
-        return Device(torch.device("cpu"), name, chosen, note)
+        return Device(torch.device("cpu"), _cpu_name(), chosen, note)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     name = torch.cuda.get_device_name(local_rank) if kind == "cuda" else kind
     return Device(torch.device(kind, local_rank), name, chosen, note)
+
+
+def _cpu_name() -> str:
+    """Returns the processor's own name where the system says it (Linux), else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 def set_matmul_precision(precision: Literal["highest", "high", "medium"]) -> None:

@@ -28,8 +28,8 @@ def test_a_composed_model_is_told_and_says_so(tmp_path: Path) -> None:
         assert done.language.name == done.vision.name == "sdpa"
         assert model.language_model.config._attn_implementation == "vistune_packed_each"
         assert model.vision_tower.config._attn_implementation == "sdpa"
-    assert "language model sdpa (as the recipe says)" in str(done)
-    assert "vision tower sdpa (images of one size" in str(done)
+    assert "language model: sdpa (as the recipe says)" in str(done)
+    assert "vision tower: sdpa (images of one size" in str(done)
     assert done.to_json()["language"] == {"name": "sdpa", "reason": "as the recipe says"}
     after = packed_logits(model, row(facts))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -80,7 +80,7 @@ def test_the_choice_is_said_and_put_in_place(tmp_path: Path) -> None:
     before = features(model)
     tower = model.inner.model.visual.config
     done = install_attention(model, wanted="auto", dtype=torch.float32, device=torch.device("cpu"))
-    assert "vision tower sdpa (images of any size end to end)" in str(done)
+    assert "vision tower: sdpa (images of any size end to end)" in str(done)
     assert is_patch_name(tower._attn_implementation)
     assert tower._attn_implementation.endswith("sdpa")
     assert torch.equal(features(model), before)

@@ -52,7 +52,7 @@ class InstalledAttention:
     backend: Backend
 
     def __str__(self) -> str:
-        return f"attention: language model {self.language}; vision tower {self.vision}"
+        return f"attention, language model: {self.language}\nattention, vision tower: {self.vision}"
 
     def to_json(self) -> dict[str, dict[str, str]]:
         """Returns both choices with their reasons, for the record of a run."""
