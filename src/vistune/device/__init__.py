@@ -17,8 +17,6 @@ import torch
 
 from vistune.errors import DeviceError
 
-_COUNTS_TENSORS = ("cuda", "npu")
-
 
 @dataclass(frozen=True)
 class Device:
@@ -48,7 +46,9 @@ class Device:
 
     def reset_peak_memory(self) -> None:
         """Starts a new measurement of peak memory."""
-        if self.kind in _COUNTS_TENSORS:
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+        elif self.kind == "npu":
             torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def peak_memory_gib(self) -> float | None:
@@ -57,7 +57,9 @@ class Device:
         On a CPU nobody counts tensors: it is the most memory this process had since it started,
         libraries included.
         """
-        if self.kind in _COUNTS_TENSORS:
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device) / 2**30
+        if self.kind == "npu":
             return torch.accelerator.max_memory_allocated(self.torch_device) / 2**30
         return _peak_of_process_gib() if self.kind == "cpu" else None
 

@@ -42,7 +42,7 @@ def measure_matmul_tflops(device: Device) -> float | None:
     free, width = free_memory_gib(device) * 2**30, device.dtype.itemsize
     side = next((n for n in _SIDES if 3 * n * n * width <= _BYTES_SHARE * free), 2048)
     times = sorted(_products_s(device, side, rounds=_WARM_UP + _ROUNDS)[_WARM_UP:])
-    torch.accelerator.empty_cache()
+    torch.get_device_module(device.torch_device).empty_cache()
     return 2 * side**3 / times[len(times) // 2] / 1e12
 
 
