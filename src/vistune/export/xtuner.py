@@ -31,6 +31,7 @@ from vistune.export.adapter import write_peft
 from vistune.export.files import MAX_SHARD, write_json, write_tokenizer
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import language_family
+from vistune.models.families.internlm2 import InternLM2Family
 from vistune.models.towers.families import tower_width
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.weights import quiet_transformers
@@ -80,6 +81,7 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
         write_peft(model.vision_tower, base=parts.vision_tower.path, folder=target)
         _add_level(target, _CLIP_LEVEL)
     family = language_family(parts.language_model)
+    is_internlm2 = isinstance(family, InternLM2Family)
     adapted = any(name.startswith("language_model.") for name in layers)
     if adapted and family is None and parts.language_model.adapter is None:
         base = parts.language_model.path
@@ -87,7 +89,7 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
     elif adapted or modes["language"] == "full" or parts.language_model.adapter is not None:
         merge_adapters(model.language_model)
         dtype = next(model.language_model.parameters()).dtype
-        _write_language(model.language_model, folder, is_internlm2=family is not None, dtype=dtype)
+        _write_language(model.language_model, folder, is_internlm2=is_internlm2, dtype=dtype)
     write_tokenizer(folder, encoder)
     _write_names(parts, encoder, folder)
 

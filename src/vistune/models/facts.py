@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vistune.errors import MissingExtraError, ModelError
+from vistune.models.language.llava import is_original_llava
 from vistune.models.towers.families import TWO_TOWER_TYPES, TowerPlan, plan_tower, tower_grid
 from vistune.models.weights import hub_error, part_path, quiet_transformers
 from vistune.recipe import LanguageModelConfig, ModelConfig, VisionTowerConfig
@@ -221,7 +222,7 @@ def read_text_config(config: LanguageModelConfig) -> Any:
 
 
 def language_family(config: LanguageModelConfig) -> LanguageFamily | None:
-    """Returns the family of a language model that transformers has no class for, else None.
+    """Returns the family of a language model that transformers cannot load by itself, else None.
 
     Args:
         config: Where the model is; only a local directory is looked into.
@@ -232,7 +233,9 @@ def language_family(config: LanguageModelConfig) -> LanguageFamily | None:
     file = folder / "config.json"
     if config.gguf_file is not None or not file.is_file():
         return None
-    if read_json(file).get("model_type") in CONFIG_MAPPING_NAMES:
+    values = read_json(file)
+    # Released LLaVAs call themselves what transformers' own are called.
+    if values.get("model_type") in CONFIG_MAPPING_NAMES and not is_original_llava(values):
         return None
     from vistune.models.families import LANGUAGE_FAMILIES, detect
 
@@ -247,7 +250,8 @@ def read_tokenizer(config: LanguageModelConfig) -> tuple[Any, int]:
     """
     key = "model.language_model.path"
     path = part_path(config.path, key=key)
-    if language_family(config) is not None:
+    family = language_family(config)
+    if family is not None and family.reads_pieces:
         return _family_tokenizer(Path(path))
     arguments: dict[str, Any] = {}
     if config.revision is not None:

@@ -38,30 +38,26 @@ from vistune.models.facts import (
     read_vision_config,
 )
 from vistune.models.language.decoder import check_config, check_model
+from vistune.models.language.llava import NEWLINE as PUBLIC_NEWLINE
+from vistune.models.language.llava import (
+    PROJECTOR,
+    TOWER,
+    is_original_llava,
+    llava_text_config,
+    text_type_of,
+)
 from vistune.models.towers.families import plan_tower, tower_grid
 from vistune.models.towers.load import load_tower
 from vistune.recipe import VisionTowerConfig
 
 NAME = "LlavaLlamaForCausalLM"
 KEY = "model.from_checkpoint"
-_TOWER = "model.vision_tower.vision_tower."
-_PROJECTOR = "model.mm_projector."
-_NEWLINE = "model.image_newline"
 _SCALES = "336,672,1008"
-_TEXT_TYPES = {
-    "LlavaLlamaForCausalLM": "llama",
-    "LlavaMistralForCausalLM": "mistral",
-}
 
 
 def matches(values: dict[str, Any]) -> bool:
     """Whether a config.json is of the original LLaVA."""
-    return "mm_vision_tower" in values and _architecture(values) in _TEXT_TYPES
-
-
-def _architecture(values: dict[str, Any]) -> str:
-    named = values.get("architectures") or [""]
-    return str(named[0])
+    return is_original_llava(values)
 
 
 def describe(folder: Path, *, tower_path: str | None = None) -> ModelFacts:
@@ -95,7 +91,7 @@ def describe(folder: Path, *, tower_path: str | None = None) -> ModelFacts:
         grid=tower_grid(vision_config, plan, pixel_shuffle=1, where=tower.path),
         image_defaults=at_largest_scale(replace(defaults, mode=mode), plan),
         vision_config=vision_config,
-        text_config=_text_config(values),
+        text_config=llava_text_config(values),
         tower=plan,
         template=_template(values, tokenizer),
     )
@@ -132,7 +128,7 @@ def _pinpoints(values: dict[str, Any], *, where: str) -> list[list[int]]:
 
 def _template(values: dict[str, Any], tokenizer: Any) -> str:
     """Returns what `data.template=auto` stands for: no released LLaVA-1.5 brings a template."""
-    own = tokenizer.chat_template or _TEXT_TYPES[_architecture(values)] != "llama"
+    own = tokenizer.chat_template or text_type_of(values) != "llama"
     return "auto" if own else "vicuna_v1"
 
 
@@ -155,21 +151,6 @@ def _scales(values: dict[str, Any]) -> tuple[int, ...] | None:
     if not values.get("s2"):
         return None
     return tuple(sorted(int(side) for side in str(values.get("s2_scales", _SCALES)).split(",")))
-
-
-def _text_config(values: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    text_type = _TEXT_TYPES[_architecture(values)]
-    known = set(AutoConfig.for_model(text_type).to_dict())
-    own = {key: value for key, value in values.items() if key in known}
-    own |= {"architectures": None, "model_type": text_type}
-    stored = values.get("dtype", values.get("torch_dtype"))
-    if stored is not None:
-        own["dtype"] = stored
-    if "rope_theta" in values:  # older configs have it beside rope_scaling
-        own["rope_theta"] = values["rope_theta"]
-    return AutoConfig.for_model(**own)
 
 
 def _check(values: dict[str, Any], *, where: str) -> None:
@@ -224,11 +205,11 @@ def load(
         tiles=tiles_of(facts) if _has_tiles(values) else None,
     )
     tensors = dict(read_tensors(folder))
-    if not any(name.startswith(_TOWER) for name in tensors):
+    if not any(name.startswith(TOWER) for name in tensors):
         tower, _ = load_tower(
             tower_of(values, tower_path), facts.vision_config, facts.tower, dtype=dtype
         )
-        tensors |= {f"{_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
+        tensors |= {f"{TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
     model = fill_model(config, tensors, to_composed, from_composed, dtype=dtype, where=str(folder))
     check_model(model.language_model, where=str(folder))
     return model
@@ -236,20 +217,20 @@ def load(
 
 def to_composed(name: str) -> str:
     """Returns the composed model's name of a weight."""
-    if name.startswith(_TOWER):
-        return VISION + name.removeprefix(_TOWER).removeprefix("vision_model.")
-    if name.startswith(_PROJECTOR):
-        return CONNECTOR + name.removeprefix(_PROJECTOR)
-    return NEWLINE if name == _NEWLINE else LANGUAGE + name
+    if name.startswith(TOWER):
+        return VISION + name.removeprefix(TOWER).removeprefix("vision_model.")
+    if name.startswith(PROJECTOR):
+        return CONNECTOR + name.removeprefix(PROJECTOR)
+    return NEWLINE if name == PUBLIC_NEWLINE else LANGUAGE + name
 
 
 def from_composed(name: str) -> str:
     """Returns the original name of a weight of the composed model."""
     if name.startswith(VISION):
-        return f"{_TOWER}vision_model.{name.removeprefix(VISION)}"
+        return f"{TOWER}vision_model.{name.removeprefix(VISION)}"
     if name.startswith(CONNECTOR):
-        return _PROJECTOR + name.removeprefix(CONNECTOR)
-    return _NEWLINE if name == NEWLINE else name.removeprefix(LANGUAGE)
+        return PROJECTOR + name.removeprefix(CONNECTOR)
+    return PUBLIC_NEWLINE if name == NEWLINE else name.removeprefix(LANGUAGE)
 
 
 def public_state(model: ComposedVLM) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The public model families vistune knows by name; importing this fills the registries."""
 
-from vistune.models.families import cogvlm2, internlm2, mgm, visualglm
+from vistune.models.families import cogvlm2, internlm2, llava_language, mgm, visualglm
 from vistune.models.families.contract import (
     FAMILIES,
     LANGUAGE_FAMILIES,
@@ -17,6 +17,7 @@ __all__ = [
     "cogvlm2",
     "detect",
     "internlm2",
+    "llava_language",
     "mgm",
     "visualglm",
 ]

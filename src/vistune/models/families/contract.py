@@ -68,6 +68,11 @@ class Family(Protocol):
 class LanguageFamily(Family, Protocol):
     """A family of language models, which become part of a composed model."""
 
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether its tokenizer's class is remote code, so that its own files are read instead."""
+        ...
+
     def key_map(self, config: PreTrainedConfig) -> KeyMap:
         """Returns the table of names, the family's to those of the model that `load` builds.
 

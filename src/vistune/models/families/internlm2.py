@@ -46,6 +46,7 @@ class InternLM2Family:
     """InternLM2, base and chat."""
 
     name = "internlm2"
+    reads_pieces = True
 
     def matches(self, config: Mapping[str, Any], keys: Set[str]) -> bool:
         """Says whether a model directory holds this family; see `Family.matches`."""
