@@ -7,7 +7,7 @@ holds no training state and decides nothing by a directory's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from vistune.checkpoint.layouts import (
     describe_directory,
     load_directory,
     read_partial,
+    told_by_config,
 )
 from vistune.checkpoint.load import is_partial, read_weights, resolve_checkpoint
+from vistune.checkpoint.located import located, pinned
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, anchored, read_manifest
 from vistune.checkpoint.merge import merge_adapters
 from vistune.data.encode import Encoder
@@ -35,6 +37,7 @@ from vistune.models.anyres import tiles_of, with_tiles
 from vistune.models.build import build_model, replace_connector
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import ModelFacts, describe
+from vistune.models.hub import is_hub_id
 from vistune.models.tune import apply_tuning, load_trainable
 from vistune.recipe import (
     BasesConfig,
@@ -81,6 +84,8 @@ class Blueprint:
         checkpoint: The checkpoint to lay over the parts, or None.
         adds_tiles: Whether `parts.tiles` are new to what is gone on from.
         view: The parts with the small files that the checkpoint keeps, where it does.
+        sources: The parts at the places to read them from: hub ids as directories, what a
+            checkpoint keeps in the view.
     """
 
     parts: ModelConfig
@@ -89,13 +94,8 @@ class Blueprint:
     checkpoint: Path | None = None
     adds_tiles: bool = False
     view: PartsView | None = None
-
-    @property
-    def sources(self) -> ModelConfig:
-        """The parts at the places to read them from."""
-        if self.view is None:
-            return self.parts
-        return self.view.parts.model_copy(update={"tiles": self.parts.tiles})
+    _: KW_ONLY
+    sources: ModelConfig
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -130,9 +130,11 @@ def draw(recipe: Recipe) -> Blueprint:
         CheckpointError: `model.from_checkpoint` is not something vistune can go on from.
     """
     if recipe.model.from_checkpoint is None:
-        parts = anchored(recipe.model)
-        facts = describe(parts)
-        return Blueprint(parts, facts, _encoder(recipe.data, facts, inherited=None))
+        parts = pinned(anchored(recipe.model))
+        sources = located(parts, weights=False)
+        facts = describe(sources)
+        encoder = _encoder(recipe.data, facts, inherited=None)
+        return Blueprint(parts, facts, encoder, sources=sources)
     return _draw_from(Path(recipe.model.from_checkpoint), recipe.data, recipe.model)
 
 
@@ -172,15 +174,16 @@ def stands_on_bases(path: Path) -> bool:
 
 
 def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Blueprint:
-    folder = resolve_checkpoint(path)
+    folder, on_hub = _found(path, asked)
     tiles = asked.tiles
     partial = read_partial(folder, asked.bases)
     if partial is not None:
         _refuse(asked, ("connector.weights",), "it brings its own connector", where=folder)
         _refuse(asked, ("sat_qkv",), "it is of another project", where=folder)
-        parts = anchored(partial.parts.model_copy(update={"tiles": tiles}))
-        facts = _completed(describe(parts), partial)
-        return Blueprint(parts, facts, _encoder(data, facts, inherited=None))
+        parts = pinned(anchored(partial.parts.model_copy(update={"tiles": tiles})))
+        sources = located(parts, weights=False)
+        facts = _completed(describe(sources), partial)
+        return Blueprint(parts, facts, _encoder(data, facts, inherited=None), sources=sources)
     has_manifest = (folder / MANIFEST_NAME).is_file()
     manifest = read_manifest(folder) if has_manifest else None
     is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
@@ -189,22 +192,48 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
         keys = ["bases.vision_tower", "bases.language_model"]
         if own_parts is not None:
             own_parts, homeless = on_bases(own_parts, asked.bases)
-            require_there(own_parts, manifest.part_fingerprints, checkpoint=folder)
             keys = [*(f"bases.{key}" for key in homeless), "connector.weights"]
         _refuse(asked, [*keys, "sat_qkv"], "it says itself what it is made of", where=folder)
     if own_parts is None:
-        whole = {"from_checkpoint": str(folder), "tiles": None}
+        whole = {"from_checkpoint": str(path if on_hub else folder), "tiles": None}
         own_parts = asked.model_copy(update=whole | {"bases": bases_of(folder, asked.bases)})
-    parts = anchored(own_parts)
-    shown = view(parts, folder) if is_checkpoint else None
-    facts = describe_parts(parts if shown is None else shown.parts)
+    parts = pinned(anchored(own_parts))
+    sources = located(parts, weights=is_checkpoint)
+    shown = None
+    if manifest is not None and is_checkpoint:
+        require_there(sources, manifest.part_fingerprints, checkpoint=folder)
+        shown = view(sources, folder)
+    sources = sources if shown is None else shown.parts
+    facts = describe_parts(sources)
     inherited = None if manifest is None else manifest.encoder
     adds_tiles = tiles is not None and tiles != tiles_of(facts)
     if tiles is not None and adds_tiles:
         facts = with_tiles(facts, tiles, where="model.tiles")
-        parts = parts.model_copy(update={"tiles": tiles})
+        parts, sources = (p.model_copy(update={"tiles": tiles}) for p in (parts, sources))
     encoder = _encoder(data, facts, inherited=inherited)
-    return Blueprint(parts, facts, encoder, folder if is_checkpoint else None, adds_tiles, shown)
+    checkpoint = folder if is_checkpoint else None
+    return Blueprint(parts, facts, encoder, checkpoint, adds_tiles, shown, sources=sources)
+
+
+def _found(path: Path, asked: ModelConfig) -> tuple[Path, bool]:
+    """Returns the directory that a path or a hub id means, and whether it was a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+        ModelError: A revision is given of what is on this machine.
+    """
+    on_hub = is_hub_id(str(path))
+    if asked.revision is not None and not on_hub:
+        raise ModelError(
+            "only what is named by its hub id has revisions",
+            where="model.revision",
+            got=f"{asked.revision}, of {path}",
+            fix="leave model.revision out",
+        )
+    folder = resolve_checkpoint(path, revision=asked.revision, weights=not on_hub)
+    if on_hub and not told_by_config(folder):
+        folder = resolve_checkpoint(path, revision=asked.revision)
+    return folder, on_hub
 
 
 def _refuse(asked: ModelConfig, keys: Sequence[str], reason: str, *, where: Path) -> None:
@@ -382,12 +411,13 @@ def build(blueprint: Blueprint, *, seed: int, dtype: torch.dtype) -> WholeModel:
     Raises:
         WeightsError: Weights are missing, unexpected or of another shape.
     """
+    located(blueprint.parts, weights=True)
     parts = blueprint.sources
     if blueprint.adds_tiles:
         parts = parts.model_copy(update={"tiles": None})
     model = build_parts(parts, blueprint.facts, seed=seed, dtype=dtype)
     if blueprint.checkpoint is not None:
-        lay_over(model, blueprint.checkpoint, parts=blueprint.parts)
+        lay_over(model, blueprint.checkpoint, parts=blueprint.sources)
         merge_adapters(model)
     if blueprint.adds_tiles and blueprint.parts.tiles is not None:
         assert isinstance(model, ComposedVLM)

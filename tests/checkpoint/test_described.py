@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from vistune.checkpoint.described import (
-    is_small,
     keep_small_files,
     moved,
     on_bases,
@@ -20,6 +19,7 @@ from vistune.checkpoint.described import (
     view,
 )
 from vistune.errors import CheckpointError
+from vistune.models.hub import is_small
 from vistune.recipe import BasesConfig, ModelConfig
 
 

@@ -21,7 +21,7 @@ from vistune.checkpoint.load import (
 )
 from vistune.checkpoint.manifest import Manifest
 from vistune.checkpoint.save import CheckpointContent, remove_stale, save_checkpoint
-from vistune.errors import CheckpointError
+from vistune.errors import CheckpointError, ModelError
 
 
 def content(step: int, *, num: int = 10) -> CheckpointContent:
@@ -190,7 +190,15 @@ def test_resolve(tmp_path):
         resolve_checkpoint(tmp_path / "empty")
 
 
-def test_a_name_on_the_hub_says_how_to_get_it() -> None:
-    with pytest.raises(CheckpointError) as caught:
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError) as caught:
         resolve_checkpoint("Qwen/Qwen2.5-VL-3B-Instruct")
-    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir" in str(caught.value.fix)
+    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct" in str(caught.value.fix)
+    # What can only be a folder of ours is never asked of the hub.
+    for name in ("runs/mine", "models/Qwen2.5-VL-3B-Instruct", "mine"):
+        with pytest.raises(CheckpointError, match="no such directory"):
+            resolve_checkpoint(name)

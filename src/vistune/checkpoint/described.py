@@ -17,18 +17,16 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from vistune.errors import CheckpointError
+from vistune.models.hub import is_small
 from vistune.recipe import BasesConfig, ModelConfig
 
 PARTS_NAME = "part_files"
 """The folder of a run and of a checkpoint that holds the small files, one folder a role."""
 
-_SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
-_NOT_SMALL = ("*.index.json", "trainer_state.json")  # of the weights, and of nobody's concern
 # Role -> section and key of the parts that say where it is.
 _PLACES: dict[str, tuple[str | None, str]] = {
     "vision": ("vision_tower", "path"),
@@ -92,12 +90,6 @@ def on_bases(parts: ModelConfig, bases: BasesConfig) -> tuple[ModelConfig, list[
         elif value is not None:
             homeless.append(key)
     return moved(parts, to), homeless
-
-
-def is_small(name: str) -> bool:
-    """Whether a file of a part, by its name, says what the part is; others are weights."""
-    chosen = any(fnmatch(name, pattern) for pattern in _SMALL)
-    return chosen and not any(fnmatch(name, pattern) for pattern in _NOT_SMALL)
 
 
 def keep_small_files(parts: ModelConfig, folder: Path) -> None:

@@ -6,7 +6,6 @@ called: a checkpoint is a directory with a seal, and its step stands in the seal
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,6 +26,7 @@ from vistune.checkpoint.files import (
 from vistune.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.errors import CheckpointError
+from vistune.models.hub import fetch, is_hub_id
 
 DEEPSPEED_NAME = "mp_rank_00_model_states.pt"
 """The weights in a directory that DeepSpeed wrote."""
@@ -103,29 +103,35 @@ def _damage(folder: Path) -> CheckpointError | None:
     return None
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KEY = "model.from_checkpoint (or the path given)"
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(
+    path: str | Path, *, revision: str | None = None, weights: bool = True
+) -> Path:
     """Returns the directory whose weights are meant by a path a person gives.
 
     Args:
         path: A run directory (its newest whole checkpoint is taken), a checkpoint, or the directory
             of a whole model of vistune or of another project, or what another project trained
-            beside public models (see `is_partial`).
+            beside public models (see `is_partial`), or a hub id of one of these.
+        revision: Branch, tag or commit of a hub id.
+        weights: Whether the weights of a hub id are fetched too.
 
     Raises:
+        ModelError: It is a hub id that is not in the cache and cannot be fetched.
         CheckpointError: It is not there, is damaged, or is none of these.
     """
     folder = Path(path)
+    if len(folder.parts) == 2 and is_hub_id(str(path)):
+        folder = fetch(str(path), key=_KEY, revision=revision, weights=weights)
     if not folder.exists():
-        name = str(path)
-        fetch = f"if that is its name on the hub: hf download {name} --local-dir {folder.name}"
         raise CheckpointError(
             "there is no such directory",
-            where=name,
-            expected="a run, a checkpoint of it, or a model directory on this machine",
-            fix=fetch if _HUB_ID.fullmatch(name) else None,
+            where=str(path),
+            expected="a run, a checkpoint of it, a model directory, or a hub id (owner/name)",
+            fix="name one that is there; fetch a model of the hub into a directory with"
+            " hf download OWNER/NAME --local-dir DIRECTORY",
         )
     if is_partial(folder):
         return folder

@@ -55,5 +55,5 @@ def export(
         origin=origin_of(template, vision_tower, language_model, sat_qkv),
     )
     print(f"written: {written}")
-    place = " (in Python)" if to is Target.ADAPTER else ""
-    print(f"next{place}: {next_step(run, to=to.value, output=written)}")
+    line = next_step(run, to=to.value, output=written)
+    print(f"next: {line}" if line.startswith("vistune") else f"next (in Python): {line}")

@@ -97,9 +97,12 @@ def check(name: Name, overrides: Overrides = None) -> None:
 def _missing_files(resolved: ResolvedRecipe) -> list[str]:
     """Returns the local paths a recipe names that do not exist, with their keys and origins."""
     from vistune.data.formats.paths import files_of
+    from vistune.models.hub import in_cache, is_hub_id
 
     recipe = resolved.recipe
-    named: dict[str, str | None] = {"model.from_checkpoint": recipe.model.from_checkpoint}
+    started = recipe.model.from_checkpoint
+    on_hub = started is not None and is_hub_id(started) and in_cache(started, recipe.model.revision)
+    named: dict[str, str | None] = {"model.from_checkpoint": None if on_hub else started}
     if recipe.model.vision_tower_aux is not None:
         named["model.vision_tower_aux.path"] = recipe.model.vision_tower_aux.path
     named["model.connector.weights"] = recipe.model.connector.weights
@@ -115,12 +118,12 @@ def _missing_files(resolved: ResolvedRecipe) -> list[str]:
         ("model.vision_tower.path", recipe.model.vision_tower),
         ("model.language_model.path", recipe.model.language_model),
     ):
-        if part is not None and (part.path.startswith((".", "/", "~")) or part.path.count("/") > 1):
+        if part is not None and not is_hub_id(part.path):
             named[key] = part.path
     return [
         f"{resolved.source_of(key)}: {key}: {path}"
         for key, path in named.items()
-        if path is not None and not Path(path).exists()
+        if path is not None and not Path(path).expanduser().exists()
     ]
 
 

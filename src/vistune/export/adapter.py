@@ -4,7 +4,6 @@
     <folder>/vision_tower/     PEFT adapter of the vision tower, when it has one
     <folder>/connector.safetensors
     <folder>/tiles.safetensors  the newline of images in tiles
-    <folder>/tiles.safetensors  the newline of images in tiles
     <folder>/vistune.json
 
 The base models are not copied: `adapter_config.json` names where they are.
@@ -68,9 +67,6 @@ def write_adapter(model: ComposedVLM, encoder: Encoder, manifest: Manifest, fold
     if model.tiles is not None:
         newline = {NEWLINE: model.tiles.image_newline.detach().cpu().contiguous()}
         save_file(newline, folder / "tiles.safetensors", metadata={"format": "pt"})
-    if model.tiles is not None:
-        newline = {NEWLINE: model.tiles.image_newline.detach().cpu().contiguous()}
-        save_file(newline, folder / "tiles.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, encoder)
     write_manifest(folder, manifest)
 
@@ -121,8 +117,10 @@ def write_peft(part: nn.Module, *, base: str, folder: Path) -> None:
     config.inference_mode = True
     config.target_modules = adapter_targets(part)
     config.save_pretrained(folder)
+    # By default it asks the hub how large the base's vocabulary is; only linear layers are adapted.
+    found = get_peft_model_state_dict(part, adapter_name="default", save_embedding_layers=False)
     state = {
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(part, adapter_name="default").items()
+        for name, tensor in found.items()
     }
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -174,7 +174,10 @@ def _state(model: NativeVLM, saved: list[str]) -> dict[str, Tensor]:
             continue
         lead = f"{name}." if name else ""
         owner: Any = module
-        found = get_peft_model_state_dict(owner, adapter_name="default")
+        # By default it asks the hub how large the base's vocabulary is; no embedding is adapted.
+        found = get_peft_model_state_dict(
+            owner, adapter_name="default", save_embedding_layers=False
+        )
         state |= {f"{lead}{key}".removeprefix(_INNER): tensor for key, tensor in found.items()}
     for module_name in saved:
         inside = model.inner.get_submodule(module_name).state_dict()

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from vistune.checkpoint.load import resolve_checkpoint
-from vistune.checkpoint.manifest import read_manifest
+from vistune.checkpoint.manifest import Manifest, read_manifest
 from vistune.data.template import TEMPLATES
 from vistune.export.run import Target
 from vistune.models.facts import read_json
@@ -22,17 +22,23 @@ def next_step(path: Path, *, to: Target, output: Path) -> str:
         to: The form.
         output: The directory written.
     """
+    if to in ("adapter", "xtuner"):
+        return _of_pieces(read_manifest(resolve_checkpoint(path)), path, to=to, output=output)
+    return shlex.join(["vistune", "chat", str(output), "--image", "photo.jpg"])
+
+
+def _of_pieces(manifest: Manifest, path: Path, *, to: Target, output: Path) -> str:
+    whole = manifest.parts is not None and manifest.parts.from_checkpoint is not None
     if to == "adapter":
+        if whole and not (output / "adapter_config.json").is_file():
+            # Its base has the part inside, under other names than the part alone.
+            merged = f"{output}-merged"
+            return shlex.join(["vistune", "export", str(path), "--to", "hf", "-o", merged])
         return _with_peft(output)
-    template = _template(path) if to == "xtuner" else None
-    told = [] if template is None else ["--template", template]
+    # XTuner's directories have no place for the template.
+    name = manifest.encoder["template"].get("name")
+    told = ["--template", name] if name in TEMPLATES else []
     return shlex.join(["vistune", "chat", str(output), *told, "--image", "photo.jpg"])
-
-
-def _template(path: Path) -> str | None:
-    """Returns the name of the template, which XTuner's directories have no place for."""
-    name = read_manifest(resolve_checkpoint(path)).encoder["template"].get("name")
-    return name if name in TEMPLATES else None
 
 
 def _with_peft(output: Path) -> str:

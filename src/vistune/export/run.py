@@ -246,7 +246,7 @@ def _write_unmerged(
     encoder = Encoder.from_state(manifest.encoder, facts.tokenizer)
     model = build_parts(sources, facts, seed=manifest.seed, dtype=dtype)
     before = _trained_before(where, model.module_map.connector)
-    lay_over(model, where, parts=blueprint.parts)
+    lay_over(model, where, parts=blueprint.sources)
     if isinstance(model, NativeVLM):
         write_native_adapter(
             model, encoder, manifest, target, origin=_origin(sources), with_connector=bool(before)

@@ -6,7 +6,6 @@ error that names the keys.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 
 from vistune.errors import MissingExtraError, ModelError, WeightsError
+from vistune.models.hub import is_hub_id
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHOWN_KEYS = 8
 
 
@@ -50,10 +49,7 @@ def part_path(path: str, *, key: str) -> str:
         raise ModelError(
             "this is a file, not a directory", where=path, fix=f"set {key} to its directory"
         )
-    # `parts/llama` beside a folder `parts` is a misspelt directory: asking the hub for it would
-    # take half a minute where there is none.
-    is_misspelt = folder.parent != Path() and folder.parent.is_dir()
-    if is_misspelt or not _HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise ModelError(
             "there is no such directory",
             where=path,

@@ -139,11 +139,13 @@ class ModelConfig(Section):
     """Cut images into tiles (`{}` for the grids of LLaVA-1.6); left out, every image becomes one
     square. With `from_checkpoint`: tiles for a model that had none; left out, as it was."""
     from_checkpoint: str | None = None
-    """A run, a checkpoint of it, or a whole model to go on from: its parts, its connector and all
-    weights it trained. Public layouts are recognised by their files, also those that hold only what
-    was trained: XTuner's directories and `iter_*.pth`, and what LLaVA writes after its first stage
-    and after LoRA. `vision_tower`, `vision_tower_aux`, `connector` (but for its `weights`) and
-    `language_model` are then left out."""
+    """A run, a checkpoint of it, or a whole model (a directory or a hub id) to go on from: its
+    parts, its connector and all weights it trained. Public layouts are recognised by their files,
+    also those that hold only what was trained: XTuner's directories and `iter_*.pth`, and what
+    LLaVA writes after its first stage and after LoRA. `vision_tower`, `vision_tower_aux`,
+    `connector` (but for its `weights`) and `language_model` are then left out."""
+    revision: str | None = None
+    """Branch, tag or commit of `from_checkpoint` where that is a hub id."""
     bases: BasesConfig = BasesConfig()
     """Where the models are that `from_checkpoint` stands on, when its own config does not say so
     rightly."""
@@ -160,6 +162,8 @@ class ModelConfig(Section):
             raise ValueError("name both vision_tower and language_model, or from_checkpoint")
         if self.from_checkpoint is None and self.bases != BasesConfig():
             raise ValueError("bases belongs to from_checkpoint; name the parts themselves")
+        if self.from_checkpoint is None and self.revision is not None:
+            raise ValueError("revision belongs to from_checkpoint; the parts have their own")
         if self.from_checkpoint is None and self.sat_qkv is not None:
             raise ValueError("sat_qkv belongs to from_checkpoint")
         if self.from_checkpoint is not None:

@@ -259,7 +259,7 @@ def _model(
     else:
         bare = replace(blueprint, checkpoint=None)
         model = build(bare, seed=recipe.seed, dtype=device.dtype)
-        lay_over(model, opened.checkpoint, parts=blueprint.parts)
+        lay_over(model, opened.checkpoint, parts=blueprint.sources)
         tuning = Tuning(model, recipe.tune)
         has_inherited = (opened.checkpoint / INHERITED_NAME).is_file()
         inherited = read_weights(opened.checkpoint, INHERITED_NAME) if has_inherited else {}
@@ -314,7 +314,7 @@ def _job(
     from vistune.models.fused.install import fused_trunk
     from vistune.train.work import row_cost
 
-    fingerprints = fingerprint_parts(blueprint.parts)
+    fingerprints = fingerprint_parts(blueprint.sources)
     encoder_state = blueprint.encoder.to_state()
     # Read now: the checkpoint gone on from may be rotated away while the run goes on.
     lineage = _lineage(blueprint, opened)

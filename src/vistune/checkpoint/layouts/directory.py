@@ -89,18 +89,43 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
+def told_by_config(path: Path) -> bool:
+    """Whether a directory's small files say all that describes its model, without its weights."""
+    from vistune.checkpoint.layouts import native
+
+    file = path / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    return any(layout.matches(values) for layout in (vistune_model, llava_hf, native))
+
+
 def bases_of(path: Path, bases: BasesConfig) -> BasesConfig:
     """Returns what a whole model's directory stands on besides, as it or the recipe says.
 
     Args:
         path: The directory.
         bases: What the recipe says, which goes first.
+
+    Raises:
+        ModelError: The recipe names bases of a model that stands on none.
     """
     file = path / "config.json"
     values = read_json(file) if file.is_file() else {}
-    if bases != _NO_BASES or not llava_original.matches(values):
+    if bases != _NO_BASES:
+        _require_a_place(bases, llava_original if llava_original.matches(values) else None)
+        return bases
+    if not llava_original.matches(values):
         return bases
     return BasesConfig(vision_tower=str(values["mm_vision_tower"]))
+
+
+def _require_a_place(bases: BasesConfig, layout: Layout | None) -> None:
+    if layout is not llava_original or bases.language_model is not None:
+        raise ModelError(
+            "this directory holds the whole model, so it stands on no other",
+            where="model.bases",
+            got=bases.language_model or bases.vision_tower,
+            fix="leave model.bases out",
+        )
 
 
 def describe_directory(
@@ -127,13 +152,7 @@ def describe_directory(
         )
     if bases == _NO_BASES:
         return layout.describe(path)
-    if layout is not llava_original or bases.language_model is not None:
-        raise ModelError(
-            "this directory holds the whole model, so it stands on no other",
-            where="model.bases",
-            got=bases.language_model or bases.vision_tower,
-            fix="leave model.bases out",
-        )
+    _require_a_place(bases, layout)
     return llava_original.describe(path, tower_path=bases.vision_tower)
 
 
