@@ -90,6 +90,10 @@ def test_advice_names_a_setting_that_fits_or_says_that_none_does(tmp_path):
     small, large = (room(config, asked, memory_gib) for memory_gib in (0.5, 1.02))
     assert "Even with every layer recomputed" in small.advice(rows)
     assert "train.checkpoint_layers=" in large.advice(rows)
+    # Only more layers than were recomputed when it did not fit can help.
+    assert "train.checkpoint_layers=1 is" in large.advice(rows, tried_layers=0)
+    every = large.memory.num_layers
+    assert "see what else is on the device" in large.advice(rows, tried_layers=every)
 
 
 def sample(num_tokens):

@@ -163,8 +163,13 @@ class Room:
         row = fullest_row(num_tokens, self.grid, tiles=self.tiles)
         return self.memory.predict(row, checkpoint_layers=again).peak
 
-    def advice(self, rows: Sequence[Batch]) -> str:
-        """Returns the setting that is predicted to make rows fit, as words for an error message."""
+    def advice(self, rows: Sequence[Batch], *, tried_layers: int = -1) -> str:
+        """Returns the setting that is predicted to make rows fit, as words for an error message.
+
+        Args:
+            rows: The rows that did not fit.
+            tried_layers: Layers recomputed when they did not: only more of them can help.
+        """
         longest = max(rows, key=lambda row: row.num_tokens)
         pixels = longest.pixel_values_NCYX
         size = RowSize(
@@ -175,14 +180,19 @@ class Room:
             num_rows=len(rows),
         )
         budget = usable_bytes(self.memory_gib)
-        peak = 0
-        for again in range(self.memory.num_layers + 1):
+        peak = self.memory.predict(size, checkpoint_layers=self.memory.num_layers).peak
+        for again in range(tried_layers + 1, self.memory.num_layers + 1):
             peak = self.memory.predict(size, checkpoint_layers=again).peak
             if peak <= budget:
                 return (
                     f"train.checkpoint_layers={again} is predicted to need {peak / 2**30:.1f} of"
                     f" {self.memory_gib:.1f} GiB"
                 )
+        if peak <= budget:
+            return (
+                f"With every layer recomputed {peak / 2**30:.1f} of {self.memory_gib:.1f} GiB are"
+                " predicted, which was not enough: see what else is on the device"
+            )
         return (
             f"Even with every layer recomputed {peak / 2**30:.1f} of {self.memory_gib:.1f} GiB are"
             " predicted: lower batch.max_tokens, or set tune.language.frozen_format=nf4 or"

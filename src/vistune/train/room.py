@@ -73,7 +73,9 @@ def adviser(
             room = _room(recipe, blueprint, device, memory_gib=memory_gib)
         except ModelError:
             return "This model's memory cannot be predicted"
-        return room.advice(rows)
+        tried = recipe.train.checkpoint_layers
+        assert tried != "auto", "it was settled before"
+        return room.advice(rows, tried_layers=tried)
 
     return advise
 
