@@ -33,6 +33,7 @@ from vistune.cli import main
 from vistune.errors import ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
+from vistune.models.hub import is_small
 from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
 from vistune.types import Turn
@@ -149,6 +150,29 @@ def test_a_family_is_described_by_its_own_files(shelf: Path, kind: str) -> None:
     assert found == (template, mode, num_image_tokens)
     encoder = load_assembled(shelf / kind).encoder
     assert (encoder.template.name, encoder.image_plan.mode) == (template, mode)
+
+
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, *LLAVA_KINDS])
+def test_a_run_reads_nothing_but_weights_from_its_base(
+    shelf: Path, tmp_path: Path, kind: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(shelf / kind, base)
+    started = recipe(shelf, base, tmp_path / "run", TUNES["lora"], train={"steps": 1})
+    train(started, console=QUIET)
+    trained = load_assembled(tmp_path / "run")
+    expected, told = logits(trained), answer(trained)
+    small = [file for file in base.iterdir() if is_small(file.name)]
+    assert len(small) >= 2
+    for file in small:
+        file.write_bytes(b"of another release, and no JSON")
+    again = load_assembled(tmp_path / "run")
+    assert torch.equal(logits(again), expected) and answer(again) == told
+    (note,) = [note for note in again.notes if str(base) in note]
+    assert all(file.name in note for file in small)
+    form = FORMS.get(kind, ("vistune", "native"))[1]
+    written = export_model(tmp_path / "run", to=form, output=tmp_path / "out")  # type: ignore[arg-type]
+    assert torch.equal(logits(load_assembled(written)), expected)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vistune.cli import main
 from vistune.errors import CheckpointError, ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
+from vistune.models.hub import is_small
 from vistune.models.native import NativeVLM
 from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
@@ -132,6 +134,28 @@ def changed_roles(before: Assembled, after: Assembled) -> set[str]:
     theirs = dict(before.model.named_parameters())
     names = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     return {after.model.module_map.role_of(name) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "internvl", "qwen2_5_vl"])
+def test_a_run_reads_nothing_but_weights_from_its_base(
+    shelf: Path, tmp_path: Path, kind: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(shelf / kind, base)
+    tune = {"language": {"mode": "lora", "rank": 2}, "connector": {"mode": "freeze"}}
+    train(recipe(shelf, base, tmp_path / "run", tune, train={"steps": 1}), console=QUIET)
+    trained = load_assembled(tmp_path / "run")
+    expected, told = logits(trained), answers(trained)
+    for file in base.iterdir():
+        if is_small(file.name):
+            file.write_bytes(b"of another release, and no JSON")
+    again = load_assembled(tmp_path / "run")
+    assert torch.equal(logits(again), expected) and answers(again) == told
+    for form in ("hf", "adapter"):
+        export_model(tmp_path / "run", to=form, output=tmp_path / form)  # type: ignore[arg-type]
+    assert torch.equal(logits(load_assembled(tmp_path / "hf")), expected)
+    names = {file.name for file in (tmp_path / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= names
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
