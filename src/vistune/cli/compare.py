@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,14 +19,23 @@ def parity(
         Path, typer.Argument(help="config.json, weights by their public names, and io*.npz.")
     ],
     tolerance: Annotated[
-        float, typer.Option(help="Largest error, relative to the largest value of an array.")
-    ] = 2e-5,
+        float | None,
+        typer.Option(
+            help="Largest error, relative to the largest value of an array; 2e-5, in bf16 5e-2."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Format of the weights here.")
+    ] = "fp32",
 ) -> None:
     """Compute every array of a reference dump and say how far each one is off."""
+    import torch
+
     from vistune.cli.console import print_table
     from vistune.compare.parity import compare_directory
 
-    report = compare_directory(directory, tolerance=tolerance)
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    report = compare_directory(directory, tolerance=tolerance, dtype=formats[dtype])
     words = {True: "pass", False: "FAIL", None: "-"}
     rows = [
         (c.file, c.array, c.note, words[c.passed], "" if c.error is None else f"{c.error:.1e}")
@@ -35,9 +44,10 @@ def parity(
     print_table(f"{report.model}: {directory}", ("file", "array", "", "result", "error"), rows)
     worst = max((c.error for c in report.compared if c.error is not None), default=0.0)
     num_left = len(report.checks) - len(report.compared)
+    at = f"{report.tolerance:g}" + ("" if dtype == "fp32" else f" in {dtype}")
     print(
         f"{len(report.compared) - len(report.failed)} of {len(report.compared)} arrays pass at"
-        f" {tolerance:g}, largest error {worst:.1e}; {num_left} are inputs or not compared"
+        f" {at}, largest error {worst:.1e}; {num_left} are inputs or not compared"
     )
     if report.failed:
         raise typer.Exit(1)

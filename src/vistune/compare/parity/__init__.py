@@ -1,6 +1,13 @@
 """Parity: a reference dump (weights, config, inputs, outputs) against this implementation."""
 
 from vistune.compare.parity.directory import ParityReport, compare_directory
-from vistune.compare.parity.ledger import TOLERANCE, Check, relative_error
+from vistune.compare.parity.ledger import TOLERANCE, TOLERANCES, Check, relative_error
 
-__all__ = ["TOLERANCE", "Check", "ParityReport", "compare_directory", "relative_error"]
+__all__ = [
+    "TOLERANCE",
+    "TOLERANCES",
+    "Check",
+    "ParityReport",
+    "compare_directory",
+    "relative_error",
+]

@@ -24,7 +24,7 @@ def matches(config: Mapping[str, Any], keys: Set[str]) -> bool:
 
 def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     """Compares one file; see `Case`."""
-    model = load_cogvlm2(directory, torch.float32)
+    model = load_cogvlm2(directory, ledger.dtype)
     _positions(model, ledger)
     _forward_and_backward(model, ledger)
     _text_and_greedy(model, ledger)
@@ -60,7 +60,7 @@ def _forward_and_backward(model: CogVLM2ForConditionalGeneration, ledger: Ledger
     if not ledger.has("labels", "loss"):
         return
     labels = ledger.take("labels")
-    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     ledger.compare("loss", loss)
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -84,4 +84,4 @@ def _text_and_greedy(model: CogVLM2ForConditionalGeneration, ledger: Ledger) -> 
             max_new_tokens=int(ledger.arrays["greedy_tokens"].numel()),
             do_sample=False,
         )
-        ledger.compare("greedy_tokens", told[0, ids.shape[1] :])
+        ledger.compare_tokens("greedy_tokens", told[0, ids.shape[1] :])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from vistune.compare.parity import cogvlm2, internlm2, llava, mgm, visualglm
-from vistune.compare.parity.ledger import TOLERANCE, Check, Ledger, read_arrays
+from vistune.compare.parity.ledger import TOLERANCES, Check, Ledger, read_arrays
 from vistune.errors import CheckpointError
 from vistune.models.families.files import read_config, tensor_names
 
@@ -43,11 +43,13 @@ class ParityReport:
         model: The kind of model.
         checks: One line an array.
         tolerance: What passed was at most this.
+        dtype: Format of the weights.
     """
 
     model: str
     checks: tuple[Check, ...]
     tolerance: float
+    dtype: torch.dtype = torch.float32
 
     @property
     def compared(self) -> tuple[Check, ...]:
@@ -60,18 +62,23 @@ class ParityReport:
         return tuple(check for check in self.checks if check.passed is False)
 
 
-def compare_directory(directory: Path, *, tolerance: float = TOLERANCE) -> ParityReport:
+def compare_directory(
+    directory: Path, *, tolerance: float | None = None, dtype: torch.dtype = torch.float32
+) -> ParityReport:
     """Compares every array of a reference dump with what this implementation computes.
 
     Args:
         directory: Config, weights and `io*.npz`; its name plays no part.
-        tolerance: Largest error relative to the largest value of an array.
+        tolerance: Largest error relative to the largest value of an array; that of the format
+            when None (`TOLERANCES`).
+        dtype: Format of the weights here: float32, or bfloat16.
 
     Raises:
         CheckpointError: There is nothing to compare, or inputs are missing.
         ModelError: The config cannot be read.
         WeightsError: A tensor is missing, left over or of another shape.
     """
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     config, keys = read_config(directory), tensor_names(directory)
     case = next((case for case in CASES if case.matches(config, keys)), None)
     if case is None:
@@ -88,11 +95,11 @@ def compare_directory(directory: Path, *, tolerance: float = TOLERANCE) -> Parit
         )
     checks: list[Check] = []
     for path in files:
-        ledger = Ledger(path.name, read_arrays(path), tolerance)
+        ledger = Ledger(path.name, read_arrays(path), tolerance, dtype)
         with torch.random.fork_rng(devices=[]):
             case.compare(directory, config, ledger)
         checks += ledger.checks()
-    report = ParityReport(case.NAME, tuple(checks), tolerance)
+    report = ParityReport(case.NAME, tuple(checks), tolerance, dtype)
     if not report.compared:
         raise CheckpointError(
             "no array of the reference is known to this comparison",

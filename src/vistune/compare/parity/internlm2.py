@@ -32,7 +32,7 @@ def matches(config: Mapping[str, Any], keys: Set[str]) -> bool:
 
 def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     """Compares one file; see `Case`."""
-    model = load_internlm2(directory, torch.float32)
+    model = load_internlm2(directory, ledger.dtype)
     _forward_and_backward(model, ledger)
     _greedy(model, ledger)
     if "long_input_ids" in ledger:
@@ -48,7 +48,7 @@ def _forward_and_backward(model: LlamaForCausalLM, ledger: Ledger) -> None:
     if not ledger.has("labels", "loss"):
         return
     labels = ledger.take("labels")
-    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     ledger.compare("loss", loss)
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -69,7 +69,7 @@ def _greedy(model: LlamaForCausalLM, ledger: Ledger) -> None:
             max_new_tokens=int(ledger.arrays["greedy_tokens"].numel()),
             do_sample=False,
         )
-        ledger.compare("greedy_tokens", told[0, prompt.shape[1] :])
+        ledger.compare_tokens("greedy_tokens", told[0, prompt.shape[1] :])
 
 
 @torch.no_grad()
@@ -82,7 +82,8 @@ def _dynamic(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     longest = int(long.shape[1])
     model = LlamaForCausalLM(config_of_scaled).eval()
     model.load_state_dict(state)
-    settle_rotary(model)
+    model.to(ledger.dtype)
+    settle_rotary(model)  # its tables are made anew, and stay in fp32
     ledger.compare("dynamic_ntk_long_logits", model(long).logits)
     # The public code keeps the long text's frequencies for whatever follows it; here each text has
     # its own, so the model is given them.

@@ -38,7 +38,7 @@ def matches(config: Mapping[str, Any], keys: Set[str]) -> bool:
 
 def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     """Compares one file; see `Case`."""
-    model = _load(directory, config)
+    model = _load(directory, config, ledger.dtype)
     _pictures(config, ledger)
     if "images_pad" not in ledger:
         return
@@ -52,7 +52,7 @@ def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
         _case(model, config, ledger, case)
 
 
-def _load(directory: Path, config: dict[str, Any]) -> ComposedVLM:
+def _load(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> ComposedVLM:
     tower, text = config["vision_tower"], config["text"]
     known = {k: v for k, v in tower.items() if not k.startswith("mm_") and k != "kind"}
     plan, vision_config = plan_tower(
@@ -72,7 +72,7 @@ def _load(directory: Path, config: dict[str, Any]) -> ComposedVLM:
     )
     tensors = dict(read_tensors(directory))
     return fill_model(
-        composed, tensors, to_composed, from_composed, dtype=torch.float32, where=str(directory)
+        composed, tensors, to_composed, from_composed, dtype=dtype, where=str(directory)
     )
 
 
@@ -160,7 +160,7 @@ def _forward(
     labels = rows.labels[real].clone()
     labels[starts[:-1]] = IGNORE_INDEX  # no row's first token follows from another row
     index = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    loss = torch.nn.functional.cross_entropy(model.logits(hidden[index - 1]), labels[index])
+    loss = torch.nn.functional.cross_entropy(model.logits(hidden[index - 1]).float(), labels[index])
     ledger.compare(f"{case}.loss", loss)
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.named_parameters()}

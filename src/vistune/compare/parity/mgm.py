@@ -35,23 +35,25 @@ def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     """Compares one file; see `Case`."""
     run = ledger.file.removeprefix("io_").removesuffix(".npz")
     settings = {**config, **config.get("runs", {}).get(run, {})}
-    model = _load(directory, settings, erf=False)
+    model = _load(directory, settings, erf=False, dtype=ledger.dtype)
     _pictures(settings, ledger)
     _towers_and_mining(model, ledger)
     rows = _rows(model, settings, ledger)
     _language(model, rows, ledger)
     if ledger.has("loss_act_gelu_erf") or ledger.has("logits_row0_act_gelu_erf"):
-        _older_activation(_load(directory, settings, erf=True), rows, ledger)
+        _older_activation(_load(directory, settings, erf=True, dtype=ledger.dtype), rows, ledger)
     ledger.leave("position_ids_returned_is_none", "says nothing of the model")
 
 
-def _load(directory: Path, settings: dict[str, Any], *, erf: bool) -> MGMForConditionalGeneration:
+def _load(
+    directory: Path, settings: dict[str, Any], *, erf: bool, dtype: torch.dtype
+) -> MGMForConditionalGeneration:
     tensors = dict(read_tensors(directory))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = MGMConfig.from_public(settings, shapes, where=str(directory / CONFIG_NAME))
     config.gemma_erf_gelu = erf
     own = mgm_map(config).from_public(tensors, where=str(directory))
-    model = filled(MGMForConditionalGeneration, config, own, torch.float32, where=str(directory))
+    model = filled(MGMForConditionalGeneration, config, own, dtype, where=str(directory))
     assert isinstance(model, MGMForConditionalGeneration)
     return model
 
@@ -160,4 +162,4 @@ def _older_activation(model: MGMForConditionalGeneration, rows: _Rows, ledger: L
 
 
 def _loss(logits: Tensor, rows: _Rows) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows.labels[:, 1:].flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows.labels[:, 1:].flatten())

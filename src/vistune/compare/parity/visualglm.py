@@ -25,7 +25,7 @@ def matches(config: Mapping[str, Any], keys: Set[str]) -> bool:
 
 def compare(directory: Path, config: dict[str, Any], ledger: Ledger) -> None:
     """Compares one file; see `Case`."""
-    model = VisualGLMFamily().load(directory, torch.float32)
+    model = VisualGLMFamily().load(directory, ledger.dtype)
     _positions(model, ledger)
     _forward_and_backward(model, ledger)
     _text_and_greedy(model, ledger)
@@ -83,4 +83,4 @@ def _text_and_greedy(model: VisualGLMForConditionalGeneration, ledger: Ledger) -
             max_new_tokens=int(ledger.arrays["greedy_tokens"].numel()),
             do_sample=False,
         )
-        ledger.compare("greedy_tokens", told[0, prompt.shape[1] :])
+        ledger.compare_tokens("greedy_tokens", told[0, prompt.shape[1] :])
