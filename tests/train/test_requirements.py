@@ -58,6 +58,55 @@ def test_a_recipe_that_cannot_run_costs_nobody_a_run(tiny, tmp_path, sections, w
     assert changed <= {".lock"}
 
 
+LATE = [
+    ({"train": {"fused": "on", "compile": "static_blocks"}}, "train.compile"),  # the model says
+    ({"batch": {"max_tokens": 20}}, "batch.max_tokens"),  # the data say
+    ({"tune": {"language": {"mode": "lora", "rank": 2, "targets": ["none"]}}}, "tune.language"),
+]
+
+
+@pytest.mark.parametrize(("sections", "where"), LATE)
+def test_what_shows_late_costs_nobody_a_run_either(tiny, tmp_path, sections, where):
+    train(recipe(tiny, tmp_path / "r"), console=QUIET)
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    before.pop(tmp_path / "r" / ".lock")
+    console = Console(file=io.StringIO(), record=True, width=400)
+    with pytest.raises(VistuneError) as raised:
+        train(recipe(tiny, tmp_path / "r", **sections), overwrite=True, console=console)
+    assert where in str(raised.value)
+    assert {p: p.read_bytes() for p in before} == before
+    left = {p.name for p in (tmp_path / "r").iterdir()}
+    assert left == {p.relative_to(tmp_path / "r").parts[0] for p in before} | {
+        ".lock",
+        "failed_start",
+    }
+    assert (tmp_path / "r" / "failed_start" / "recipe.yaml").is_file()
+    assert "failed_start" in console.export_text()
+    train(recipe(tiny, tmp_path / "r"), resume=True, console=QUIET)  # it is complete, and whole
+    train(recipe(tiny, tmp_path / "r"), overwrite=True, console=QUIET)
+    assert not (tmp_path / "r" / "failed_start").exists()
+
+
+def test_a_run_that_was_killed_while_starting_gives_the_earlier_one_back(tiny, tmp_path):
+    from vistune.checkpoint.run_dir import RunDirectory
+
+    started = recipe(tiny, tmp_path / "r")
+    train(started, console=QUIET)
+    metrics = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    directory = RunDirectory.of(started)
+    for half in (False, True):  # killed after setting it aside, or on the way
+        directory.set_aside()
+        if half:
+            (tmp_path / "r" / ".earlier").rename(tmp_path / "r" / ".earlier_moving")
+            (tmp_path / "r" / ".earlier_moving" / "recipe.yaml").rename(directory.recipe)
+        with pytest.raises(CheckpointError, match="already holds a run"):
+            train(started, console=QUIET)
+        assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == metrics
+        assert not list((tmp_path / "r").glob(".earlier*"))
+    assert train(started, overwrite=True, console=QUIET).steps == 2
+    assert not list((tmp_path / "r").glob(".earlier*"))
+
+
 def test_a_start_that_failed_before_any_step_is_no_run(tiny, tmp_path):
     too_long = recipe(tiny, tmp_path / "r", batch={"max_tokens": 20})
     with pytest.raises(VistuneError):

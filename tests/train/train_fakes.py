@@ -169,7 +169,7 @@ def run(
     console = console or Console(quiet=True)
     recipe = resolved.recipe
     with open_run(resolved, resume=resume, overwrite=overwrite, console=console) as opened:
-        opened.discard_earlier()
+        opened.set_aside_earlier()
         opened.directory.record_start(
             resolved, versions={}, device="test", resumed_from=opened.progress.step
         )

@@ -18,6 +18,7 @@ from vistune.errors import CheckpointError
 from vistune.recipe import ResolvedRecipe
 
 CHECKPOINT_PREFIX = "step_"
+_EARLIER, _MOVING = ".earlier", ".earlier_moving"  # whole, and on its way in or out
 _ORPHANS_S = 15.0  # loader workers inherit the lock, and outlive a killed run by some seconds
 
 
@@ -118,14 +119,53 @@ class RunDirectory:
                 fix="name another with run_dir=...",
             ) from error
 
-    def discard_run(self) -> None:
-        """Deletes the files of a run, and nothing else that may lie in the directory."""
-        for folder in (self.checkpoints, self.tensorboard, self.samples, self.parts):
-            if folder.is_dir():
-                shutil.rmtree(folder)
+    @property
+    def failed_start(self) -> Path:
+        """What a start wrote that was to replace a run and failed before its first step."""
+        return self.path / "failed_start"
+
+    def _owned(self) -> list[Path]:
+        """Returns what of a run's files is there, and nothing else that may lie here."""
+        folders = (self.checkpoints, self.tensorboard, self.samples, self.parts)
         records = (self.recipe, self.provenance, self.metrics, self.skipped)
-        for file in (*records, self.settled, self.check_report, self.quarantine):
-            file.unlink(missing_ok=True)
+        files = (*records, self.settled, self.check_report, self.quarantine)
+        return [path for path in (*folders, *files) if path.exists()]
+
+    def set_aside(self) -> None:
+        """Moves a run out of the way of a new one, until `forget_earlier` or `bring_back`."""
+        moving = self.path / _MOVING
+        self.forget_earlier()
+        moving.mkdir(exist_ok=True)
+        for path in self._owned():
+            path.rename(moving / path.name)
+        moving.rename(self.path / _EARLIER)
+
+    def forget_earlier(self) -> None:
+        """Deletes the run that was set aside, and what failed to replace it: one is under way."""
+        for folder in (self.path / _EARLIER, self.failed_start):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def bring_back(self) -> bool:
+        """Puts a run back that was set aside; what took its place goes to `failed_start`.
+
+        A process that was killed on the way leaves what the next call puts right.
+
+        Returns:
+            Whether there was one.
+        """
+        earlier, moving = self.path / _EARLIER, self.path / _MOVING
+        if earlier.is_dir():
+            shutil.rmtree(self.failed_start, ignore_errors=True)
+            self.failed_start.mkdir()
+            for path in self._owned():
+                path.rename(self.failed_start / path.name)
+            earlier.rename(moving)
+        elif not moving.is_dir():
+            return False
+        for path in moving.iterdir():
+            path.rename(self.path / path.name)
+        moving.rmdir()
+        return True
 
     @contextmanager
     def lock(self) -> Iterator[None]:

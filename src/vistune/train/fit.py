@@ -201,6 +201,7 @@ class _Steps:
                 with write_errors_explained(self.directory.path):
                     for hook in hooks:
                         hook.on_start(self.progress.step)
+                self.directory.forget_earlier()
                 started_s = time.perf_counter()
                 self._loop(module, hooks, stop)
                 self._save()

@@ -104,7 +104,7 @@ def train(
         for note in blueprint.notes:
             console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
         with write_errors_explained(opened.directory.path):
-            opened.discard_earlier(needed=blueprint.checkpoint)
+            opened.set_aside_earlier(needed=blueprint.checkpoint)
             opened.directory.record_start(
                 resolved,
                 versions=versions(),

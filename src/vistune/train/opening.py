@@ -70,11 +70,11 @@ class OpenRun:
     progress: Progress
     resumed: bool = True
 
-    def discard_earlier(self, *, needed: Path | None = None) -> None:
-        """Deletes what an earlier run left here, unless this run goes on with it.
+    def set_aside_earlier(self, *, needed: Path | None = None) -> None:
+        """Moves what an earlier run left here out of the way, unless this run goes on with it.
 
-        Called once nothing but data and memory can stop the run any more, so that a recipe with a
-        mistake in it costs nobody a run.
+        It is deleted when the first step begins. Whatever ends this run before that (a setting that
+        does not fit the model, data, memory, Ctrl-C) brings it back.
 
         Args:
             needed: What this run reads while it starts, or None.
@@ -92,14 +92,14 @@ class OpenRun:
                 fix="name another directory with run_dir=...",
             )
         if self.directory.recipe.is_file():  # without one, nothing in here is known to be ours
-            self.directory.discard_run()
+            self.directory.set_aside()
 
 
 @contextmanager
 def open_run(
     resolved: ResolvedRecipe, *, resume: bool, overwrite: bool, console: Console
 ) -> Iterator[OpenRun]:
-    """Opens the recipe's run directory and holds it until the context ends; deletes nothing yet.
+    """Opens the recipe's run directory and holds it until the context ends; deletes nothing.
 
     Args:
         resolved: The recipe.
@@ -119,13 +119,29 @@ def open_run(
             fix="leave out --resume to start one",
         )
     if not resume:
-        # A start that ended before its first step left nothing to lose.
-        directory.open_new(overwrite=overwrite or not _has_steps(directory))
+        _open_new(directory, overwrite=overwrite)
     with directory.lock():
-        if not resume:
-            yield OpenRun(directory, None, None, Progress(), resumed=False)
+        if directory.bring_back() and not resume:  # a start that was killed before its first step
+            _open_new(directory, overwrite=overwrite)
+        if resume:
+            yield _resume(directory, resolved, console)
             return
-        yield _resume(directory, resolved, console)
+        try:
+            yield OpenRun(directory, None, None, Progress(), resumed=False)
+        except BaseException:
+            if directory.bring_back():
+                console.print(
+                    f"the earlier run in {directory.path} is as it was; what this start wrote is"
+                    f" in {directory.failed_start}",
+                    soft_wrap=True,
+                    markup=False,
+                )
+            raise
+
+
+def _open_new(directory: RunDirectory, *, overwrite: bool) -> None:
+    # A start that ended before its first step left nothing to lose.
+    directory.open_new(overwrite=overwrite or not _has_steps(directory))
 
 
 def _has_steps(directory: RunDirectory) -> bool:
