@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistune.models.mgm import MGMConfig, MGMForConditionalGeneration
-from vistune.models.mgm.mining import PatchInfoMining, windows
+from vistune.models.mgm.mining import PatchInfoMining
 
 
 class ShippedMining(PatchInfoMining):
@@ -19,7 +19,11 @@ class ShippedMining(PatchInfoMining):
 
     def forward(self, low_NPC: Tensor, maps_NCYX: Tensor) -> Tensor:
         """Returns what the patches found, [N, P, C]."""
-        window_NPWC = windows(maps_NCYX, num_patches=low_NPC.shape[1])
+        side = round(low_NPC.shape[1] ** 0.5)
+        num_images, channels, height, width = maps_NCYX.shape
+        cut = maps_NCYX.reshape(num_images, channels, side, height // side, side, width // side)
+        parts = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        window_NPWC = parts.permute(0, 1, 3, 4, 2).flatten(2, 3)
         query = self.query(low_NPC)[:, :, None]
         found = F.scaled_dot_product_attention(
             query, self.key(window_NPWC), self.value(window_NPWC)
@@ -44,7 +48,10 @@ class ShippedMGM(MGMForConditionalGeneration):
 
     def high_features(self, pixels_NCYX: Tensor) -> Tensor:
         """Returns the joined map, [N, C, Y, X]."""
-        stages: list[Tensor] = self.vision_tower_aux(pixels_NCYX)
+        maps, stages = self.vision_tower_aux.vision_stem(pixels_NCYX), []
+        for stage in self.vision_tower_aux.vision_stages:
+            maps = stage(maps)
+            stages.append(maps)
         size = stages[0].shape[-2:]
         enlarged = [
             F.interpolate(m.float(), size=size, mode="bilinear", align_corners=False).to(m.dtype)

@@ -80,12 +80,15 @@ class ConvNeXtBlock(nn.Module):
                 self.norm.bias,
                 eps=self.norm.eps,
             ).permute(0, 2, 3, 1)
-        change = self.mlp(normed_NYXC).permute(0, 3, 1, 2) * self.gamma[:, None, None]
+        change, scale = self.mlp(normed_NYXC).permute(0, 3, 1, 2), self.gamma[:, None, None]
         if self.training and self.drop_path_rate > 0.0:
             keep = 1.0 - self.drop_path_rate
             kept = torch.rand(change.shape[0], 1, 1, 1, device=change.device) < keep
             change = change * kept.to(change.dtype) / keep
-        out: Tensor = maps_NCYX + change
+        if ops is not None:
+            return torch.addcmul(maps_NCYX, change, scale)
+        # Under autocast `addcmul` would keep the change in fp32.
+        out: Tensor = maps_NCYX + change * scale
         return out
 
 
