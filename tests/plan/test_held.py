@@ -76,14 +76,30 @@ def test_rounded_weights_are_counted_as_held(tmp_path: Path) -> None:
     assert towers[0] > towers[1] > towers[2]
 
 
+def command(folder: Path, file: Path, *arguments: str, **more: Any) -> Any:
+    tree = recipe(folder, **more).model_dump(mode="json", exclude_unset=True)
+    file.write_text(json.dumps(tree))
+    return CliRunner().invoke(app, ["plan", str(file), "--device", "h200", *arguments])
+
+
 def test_the_command_says_what_is_not_known(tmp_path: Path) -> None:
-    folder = write_native("qwen3_vl", tmp_path / "model")
-    file = tmp_path / "t.yaml"
-    file.write_text(json.dumps(recipe(folder).model_dump(mode="json", exclude_unset=True)))
-    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200"])
+    folder = write_native("qwen3_vl_moe", tmp_path / "model")
+    done = command(folder, tmp_path / "t.yaml")
     assert done.exit_code == 0, done.output
-    assert "not predicted for this model" in done.output and "weights train" in done.output
-    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--memory-gib", "0.5"])
+    assert "not predicted for this model (experts" in done.output
+    assert "weights train" in done.output
+    done = command(folder, tmp_path / "t.yaml", "--memory-gib", "0.5")
     assert done.exit_code == 1 and "does not fit" in done.output
     with pytest.raises(ModelError, match=r"set batch\.max_tokens"):
         make_plan(recipe(folder, batch={"max_tokens": "auto", "samples": 1}), device="h200")
+
+
+def test_the_command_predicts_the_others(tmp_path: Path) -> None:
+    folder = write_native("qwen3_vl", tmp_path / "model")
+    open_batch = {"max_tokens": "auto", "samples": 1}
+    train = {"steps": 1, "checkpoint_layers": "auto"}
+    done = command(folder, tmp_path / "t.yaml", batch=open_batch, train=train)
+    assert done.exit_code == 0, done.output
+    assert "batch.max_tokens 32,768" in done.output and "peak:" in done.output
+    # Four patches of 4 x 4 pixels behind a token, in a row full of images.
+    assert "patches" in done.output and "train.checkpoint_layers 0 of 3" in done.output

@@ -33,16 +33,18 @@ def plan(
 
     recipe = load_recipe(name, overrides or []).recipe
     from vistune.assembly import draw  # imports torch: behind every error of the recipe
-    from vistune.models.native import NATIVE
+    from vistune.models.native import is_native_config
+    from vistune.models.native_memory import why_not_predicted
     from vistune.plan import dtype_of, held, make_plan, target_of
 
     blueprint = draw(recipe)
     whole = blueprint.facts.whole_config
-    # A whole "llava" is Pixtral: the others are put together from their parts.
-    if whole is not None and whole.model_type in {*NATIVE, "llava"}:
+    is_native = whole is not None and is_native_config(whole)
+    unknown = why_not_predicted(whole) if is_native else None
+    if unknown is not None:
         target = target_of(recipe, device, memory_gib=memory_gib)
         found = held(recipe, blueprint.facts, target, dtype=dtype_of(recipe, target))
-        _print_held(found)
+        _print_held(found, unknown)
         if not found.can_fit:
             raise typer.Exit(1)
         return
@@ -64,6 +66,7 @@ def _print(made: Plan) -> None:
 
     gib = 2**30
     prediction, row = made.prediction, made.row
+    patches = f" of {row.num_patches:,} patches" if row.num_patches else ""
     rows = [
         (role, *(f"{n / gib:.2f}" for n in (b.weights, b.gradients, b.optimizer, b.casts)))
         for role, b in prediction.roles.items()
@@ -78,7 +81,7 @@ def _print(made: Plan) -> None:
         ("made in passing", prediction.passing),
     ]
     print_table(
-        f"and for a row of {row.num_tokens:,} tokens, {row.num_images} images,"
+        f"and for a row of {row.num_tokens:,} tokens, {row.num_images} images{patches},"
         f" {row.num_targets:,} targets ({'the longest of the data' if made.from_data else 'full'})",
         ("kind", "GiB"),
         [(kind, f"{n / gib:.2f}") for kind, n in kinds],
@@ -101,7 +104,7 @@ def _print(made: Plan) -> None:
         print(f"estimate: cost {made.cost:,.2f}")
 
 
-def _print_held(found: Held) -> None:
+def _print_held(found: Held, unknown: str) -> None:
     from vistune.cli.console import print_table
 
     gib = 2**30
@@ -117,7 +120,7 @@ def _print_held(found: Held) -> None:
         print("does not fit")
         return
     print(
-        "What activations take is not predicted for this model: the first step of a run is its"
-        " longest row, so too little memory shows before training starts. Then lower"
+        f"What activations take is not predicted for this model ({unknown}): the first step of a"
+        " run is its longest row, so too little memory shows before training starts. Then lower"
         " batch.max_tokens or data.image.max_tokens, or raise train.checkpoint_layers."
     )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vistune.models.anyres import square_of, tiles_of
 from vistune.models.memory import MemoryModel, RowSize, memory_model
+from vistune.models.native import is_native_config
+from vistune.models.native_memory import NativeMemory, native_memory
+from vistune.models.native_passes import num_patches
 from vistune.recipe import ModelConfig, Recipe, TilesConfig
 from vistune.types import Batch, VisionGrid
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from vistune.models.facts import ModelFacts
 
+StepMemory: TypeAlias = MemoryModel | NativeMemory
 LONGEST_ROW = 32_768
 """Rows are not made longer than this by themselves: kernels are busy well before."""
 CPU_ROW = 4_096
@@ -82,6 +86,23 @@ def fullest_row(
     return RowSize(num_tokens, num_views, num_tokens // 2, num_tokens, num_rows)
 
 
+def fullest_native_row(num_tokens: int, memory: NativeMemory, *, num_rows: int = 2) -> RowSize:
+    """As `fullest_row`, for a model whose images have any size.
+
+    Args:
+        num_tokens: Its length.
+        memory: The model's memory, which knows its images.
+        num_rows: Rows of the step.
+    """
+    each = memory.image.num_tokens
+    num_images = -(-num_tokens // (each + _TEXT_TOKENS))
+    patches = min(num_tokens, num_images * each) * memory.patches_per_token
+    pairs = num_images * (each + _TEXT_TOKENS) ** 2
+    return RowSize(
+        num_tokens, num_images, num_tokens // 2, num_tokens, num_rows, int(patches), pairs
+    )
+
+
 @dataclass(frozen=True)
 class Room:
     """A model's memory and the device it has to fit into.
@@ -94,7 +115,7 @@ class Room:
         tiles: How pictures are cut into tiles, if they are.
     """
 
-    memory: MemoryModel
+    memory: StepMemory
     grid: VisionGrid
     memory_gib: float
     on_cpu: bool = False
@@ -124,6 +145,11 @@ class Room:
         Raises:
             ModelError: The model cannot be planned.
         """
+        if facts.whole_config is not None and is_native_config(facts.whole_config):
+            native = native_memory(
+                facts, tune=recipe.tune, train=recipe.train, dtype=dtype, kind=kind
+            )
+            return cls(native, facts.grid, memory_gib, kind == "cpu")
         fused = recipe.train.fused == "on" or (recipe.train.fused == "auto" and kind == "cuda")
         memory = memory_model(
             parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
@@ -159,9 +185,14 @@ class Room:
             said.append(f"predicted peak {peak / 2**30:.1f} of {self.memory_gib:.1f} GiB")
         return Settled(tokens, again, peak <= budget, tuple(said))
 
+    def fullest(self, num_tokens: int) -> RowSize:
+        """Returns the row of a length that needs most memory."""
+        if isinstance(self.memory, NativeMemory):
+            return fullest_native_row(num_tokens, self.memory)
+        return fullest_row(num_tokens, self.grid, tiles=self.tiles)
+
     def _peak(self, num_tokens: int, again: int) -> int:
-        row = fullest_row(num_tokens, self.grid, tiles=self.tiles)
-        return self.memory.predict(row, checkpoint_layers=again).peak
+        return self.memory.predict(self.fullest(num_tokens), checkpoint_layers=again).peak
 
     def advice(self, rows: Sequence[Batch], *, tried_layers: int = -1) -> str:
         """Returns the setting that is predicted to make rows fit, as words for an error message.
@@ -178,6 +209,8 @@ class Room:
             num_targets=longest.num_targets,
             num_tail_tokens=longest.num_tokens,
             num_rows=len(rows),
+            num_patches=0 if pixels is None else num_patches(pixels.shape, self.grid.patch_px),
+            num_pairs=int((longest.cu_seqlens.diff().long() ** 2).sum()),
         )
         budget = usable_bytes(self.memory_gib)
         peak = self.memory.predict(size, checkpoint_layers=self.memory.num_layers).peak

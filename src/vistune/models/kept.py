@@ -5,7 +5,7 @@ Nothing is computed: every operation only says which tensors it would make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -108,7 +108,7 @@ def peak_bytes(
         size: The units.
         dtype: Format of the arithmetic.
     """
-    with _stood_in(model, run, dtype=dtype) as call, _LiveBytes() as live:
+    with _stood_in(model, run, dtype=dtype) as call, LiveBytes() as live:
         result = call(size)
         if result.requires_grad:
             result.backward(torch.empty_like(result))  # type: ignore[no-untyped-call]
@@ -116,14 +116,26 @@ def peak_bytes(
     return most
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows which storages exist, and remembers the most bytes they had at once."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows which storages exist, and remembers the most bytes they had at once.
 
-    def __init__(self) -> None:
+    Args:
+        beside: Tensors that are not counted; the list may grow.
+    """
+
+    def __init__(self, beside: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._now = 0
         self._alive: dict[int, tuple[Any, int]] = {}
+        self._beside = beside
+        self._num_beside = 0
+        self._left_out: set[int] = set()
+
+    def now(self) -> int:
+        """Returns the bytes that exist."""
+        self._forget_the_dead()
+        return self._now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -139,6 +151,11 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        for other in self._beside[self._num_beside :]:
+            self._left_out.add(other.untyped_storage()._cdata)
+        self._num_beside = len(self._beside)
+        if storage._cdata in self._left_out:
+            return
         known = self._alive.get(storage._cdata)
         if known is not None and not known[0].expired():
             return
@@ -152,7 +169,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= self._alive.pop(key)[1]
 
 
-class _NormsInFp32(TorchFunctionMode):
+class NormsInFp32(TorchFunctionMode):
     """Computes layer norms in fp32, as autocast does on accelerators and not on a CPU.
 
     Only where autocast is on: a module may turn it off for norms that make no fp32 tensors.
@@ -184,7 +201,7 @@ def _stood_in(
         }
 
         def call(size: int) -> Tensor:
-            norms = _NormsInFp32() if half else nullcontext()
+            norms = NormsInFp32() if half else nullcontext()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), norms:
                 out: Tensor = functional_call(wrapped, tensors, (size,))
             return out

@@ -60,6 +60,9 @@ class RowSize:
         num_tail_tokens: Positions the last layer is computed at, from the first target of each
             sample on.
         num_rows: Rows of the step; with several, gradients exist while activations do.
+        num_patches: Patches of that row's images, for models whose images have any size.
+        num_pairs: Squared lengths of its samples with images, summed, for models whose tokens see
+            ahead.
     """
 
     num_tokens: int
@@ -67,6 +70,8 @@ class RowSize:
     num_targets: int
     num_tail_tokens: int
     num_rows: int = 1
+    num_patches: int = 0
+    num_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Prediction:
         passing: What exists only while a layer's backward pass (or the tower) runs.
         gradients_at_peak: Whether gradients exist at the peak.
         peak: The largest sum.
+        phase: Where in a step it is reached.
     """
 
     roles: dict[RoleName, RoleBytes]
@@ -101,6 +107,7 @@ class Prediction:
     passing: int
     gradients_at_peak: bool
     peak: int
+    phase: str = ""
 
     @property
     def peak_gib(self) -> float:
@@ -193,6 +200,7 @@ class MemoryModel:
             passing=int(images if where == "tower" else passing),
             gradients_at_peak=several or where in ("update", "first layer"),
             peak=int(held + phases[where]),
+            phase=where,
         )
 
 

@@ -1,45 +1,27 @@
 """What a model holds on a device whatever its rows are: weights, gradients, optimizer. Exact.
 
-For models whose activations are not predicted (transformers' own vision-language models): a number
+For models whose activations are not predicted (`models.native_memory.why_not_predicted`): a number
 that is not known is left out, not guessed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from vistune.models.budget import usable_bytes
-from vistune.models.memory import frozen_bytes
-from vistune.models.native import NativeVLM, native_skeleton
+from vistune.models.memory import RoleBytes
+from vistune.models.native import native_skeleton
+from vistune.models.native_weights import role_bytes
 from vistune.models.tune import apply_tuning
-from vistune.models.tune.quantize import QUANTISED_ROLES
 from vistune.plan.devices import KnownDevice
-from vistune.recipe import Recipe, TuneConfig
-from vistune.recipe.schema import FrozenFormat
-from vistune.recipe.sizes import resident_optimizer_bytes
-from vistune.types import ROLES, RoleName
+from vistune.recipe import Recipe
+from vistune.types import RoleName
 
 if TYPE_CHECKING:
     from vistune.models.facts import ModelFacts
-
-
-@dataclass(frozen=True)
-class RoleHeld:
-    """Bytes that one role holds.
-
-    Args:
-        weights: Of its weights, each in the format it is held in.
-        gradients: Of its gradients.
-        optimizer: Of the optimizer's state on the device.
-    """
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Held:
     """
 
     device: KnownDevice
-    roles: dict[RoleName, RoleHeld]
+    roles: dict[RoleName, RoleBytes]
     num_parameters: int
     num_trainable: int
 
@@ -84,39 +66,11 @@ def held(recipe: Recipe, facts: ModelFacts, device: KnownDevice, *, dtype: torch
     with torch.device("meta"):
         model = native_skeleton(facts).to(dtype)
         apply_tuning(model, recipe.tune, seed=0)
-    compact = _compact(model, recipe.tune)
-    roles = {role: RoleHeld() for role in ROLES}
-    for name, parameter in model.named_parameters():
-        role, count = model.module_map.role_of(name), parameter.numel()
-        before = roles[role]
-        if parameter.requires_grad:
-            roles[role] = RoleHeld(
-                before.weights + 4 * count,
-                before.gradients + 4 * count,
-                before.optimizer + resident_optimizer_bytes(count, recipe.train),
-            )
-            continue
-        weights = frozen_bytes(parameter, compact.get(id(parameter), "same"))
-        roles[role] = replace(before, weights=before.weights + weights)
+    found = role_bytes(model, tune=recipe.tune, train=recipe.train, dtype=dtype)
     parameters = list(model.parameters())
     return Held(
         device=device,
-        roles=roles,
+        roles=found,
         num_parameters=sum(p.numel() for p in parameters),
         num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
     )
-
-
-def _compact(model: NativeVLM, tune: TuneConfig) -> dict[int, FrozenFormat]:
-    """Returns how the weights are held that `models.tune.quantize` may hold in fewer bits."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {
-        id(module.weight): tune.held_format(role)
-        for role in QUANTISED_ROLES
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and model.module_map.role_of(name) == role
-        and ".lora_" not in name
-        and not any(p.requires_grad for p in module.parameters(recurse=False))
-        and id(module.weight) not in tables
-    }

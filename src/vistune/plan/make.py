@@ -16,9 +16,10 @@ import torch
 from vistune.assembly import draw
 from vistune.device import select_device
 from vistune.device.peak import free_memory_gib
-from vistune.models.budget import Room, Settled, fullest_row, usable_bytes
+from vistune.models.budget import Room, Settled, usable_bytes
 from vistune.models.flops import RowLengths, row_flops
 from vistune.models.memory import Prediction, RowSize
+from vistune.models.native_memory import NativeMemory
 from vistune.plan.devices import KNOWN_DEVICES, KnownDevice, present_device
 from vistune.recipe import Recipe, sizes
 
@@ -104,7 +105,7 @@ def make_plan(
     room = _room(recipe, blueprint, target)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
-    row, num_steps, rows_per_step = _fullest(settled, room), None, 1.0
+    row, num_steps, rows_per_step = room.fullest(settled.max_tokens), None, 1.0
     num_steps = recipe.train.steps
     if recipe.batch.tokens is not None:
         rows_per_step = max(1.0, recipe.batch.tokens / settled.max_tokens)
@@ -187,10 +188,6 @@ def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
     )
 
 
-def _fullest(settled: Settled, room: Room) -> RowSize:
-    return fullest_row(settled.max_tokens, room.grid, tiles=room.tiles)
-
-
 def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSize, int, float]:
     """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step."""
     from vistune.data.check import check_sources
@@ -209,21 +206,35 @@ def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSiz
         steps = sizes.num_steps(recipe.train, data.steps_per_epoch)
     finally:
         data.close()
-    lengths = np.asarray(report.lengths)
-    rows = [(int(lengths[list(row)].sum()), len(plan.rows)) for plan in plans for row in plan.rows]
-    tokens, num_rows = max(rows)
+    lengths, seen = np.asarray(report.lengths), np.asarray(report.image_tokens)
+    rows = [
+        (int(lengths[list(row)].sum()), len(plan.rows), tuple(row))
+        for plan in plans
+        for row in plan.rows
+    ]
+    tokens, num_rows, samples = max(rows)
+    mine = list(samples)
     share = tokens / max(1, report.num_tokens)
     num_images = -(-int(report.num_images * share * 1000) // 1000)
     if room.tiles is not None:  # the tower's views: at most as many as fill such a row
-        num_images = fullest_row(tokens, room.grid, tiles=room.tiles).num_images
+        num_images = room.fullest(tokens).num_images
     size = RowSize(
         num_tokens=tokens,
         num_images=num_images,
         num_targets=int(report.num_target_tokens * share),
         num_tail_tokens=int(report.num_target_tokens * share),
         num_rows=num_rows,
+        num_patches=_patches(room, int(seen[mine].sum())),
+        num_pairs=int((lengths[mine].astype(np.int64) ** 2).sum()),
     )
     return size, steps, len(rows) / max(1, len(plans))
+
+
+def _patches(room: Room, num_image_tokens: int) -> int:
+    """Returns the most patches that become so many image tokens, where images have any size."""
+    if not isinstance(room.memory, NativeMemory):
+        return 0
+    return int(num_image_tokens * room.memory.patches_per_token)
 
 
 def _row_time(
@@ -233,16 +244,7 @@ def _row_time(
     work = room.memory.work
     if work is None:
         return None, None
-    num_samples = max(1, row.num_images)
-    each = row.num_tokens // num_samples
-    side = room.grid.fixed_size_px or room.grid.patch_px * room.grid.downsample * 16
-    lengths = RowLengths(
-        samples=(each,) * num_samples,
-        num_targets=row.num_targets,
-        num_images=row.num_images,
-        num_image_tokens=row.num_images * room.grid.num_tokens(side, side),
-    )
-    needed = row_flops(work, lengths)
+    needed = row_flops(work, _lengths(row, room))
     tflop = needed.total / 1e12
     if target.reached_tflops is None:
         return tflop, None
@@ -255,3 +257,27 @@ def _row_time(
     passes = 2 if language.mode == "freeze" else 3
     done = tflop + again * (needed.language + needed.attention) / passes / 1e12
     return tflop, done / (target.reached_tflops * reached)
+
+
+def _lengths(row: RowSize, room: Room) -> RowLengths:
+    """Returns the lengths of a row of images of one size, as many as its samples."""
+    grid, memory = room.grid, room.memory
+    if isinstance(memory, NativeMemory):
+        image = memory.image
+        num_images = -(-row.num_patches // image.num_patches)
+        first, *rest = image.pixel_shape
+        seen = num_images * image.num_tokens
+        pixel_shape, shapes = (num_images * first, *rest), image.shapes * num_images
+    else:
+        num_images, pixel_shape, shapes = row.num_images, (), ()
+        side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
+        seen = num_images * grid.num_tokens(side, side)
+    num_samples = max(1, num_images)
+    return RowLengths(
+        samples=(row.num_tokens // num_samples,) * num_samples,
+        num_targets=row.num_targets,
+        num_images=num_images,
+        num_image_tokens=seen,
+        pixel_shape=pixel_shape,
+        image_shapes=shapes,
+    )

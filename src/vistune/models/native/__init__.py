@@ -14,6 +14,7 @@ from vistune.models.native.contract import NATIVE, NativeFamily
 from vistune.models.native.describe import (
     describe_native,
     is_native,
+    is_native_config,
     load_native,
     native_skeleton,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "idefics3",
     "internvl",
     "is_native",
+    "is_native_config",
     "llava_onevision",
     "load_native",
     "minicpmv",

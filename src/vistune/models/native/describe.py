@@ -33,6 +33,12 @@ def is_native(values: dict[str, Any]) -> bool:
     return native_name(values.get("model_type"), vision_type) in NATIVE
 
 
+def is_native_config(config: Any) -> bool:
+    """Whether the config of a whole model is of one that is trained through its own class."""
+    vision = getattr(config, "vision_config", None)
+    return native_name(config.model_type, getattr(vision, "model_type", None)) in NATIVE
+
+
 def describe_native(folder: Path) -> ModelFacts:
     """Reads config, image processor and tokenizer; no weights.
 

@@ -124,7 +124,7 @@ class NativeVLM(nn.Module):
         if self.family.is_recurrent:
             hidden = self._one_by_one(input_ids_BT, position_ids_BT, cu_seqlens, images)
         else:
-            mask = self._mask(input_ids_BT, cu_seqlens, max_seqlen, prompt_lengths)
+            mask = self.packed_mask(input_ids_BT, cu_seqlens, max_seqlen, prompt_lengths)
             hidden = self._together(input_ids_BT, position_ids_BT, mask, images)
         idle = None if images else self._idle_vision(hidden)
         return hidden if idle is None else hidden + idle
@@ -199,14 +199,24 @@ class NativeVLM(nn.Module):
             return register_packed_attention()
         return register_ahead_attention(window_binds=not self._ahead.reads_prompts_both_ways)
 
-    def _mask(
+    def packed_mask(
         self,
         input_ids_BT: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
         prompt_lengths: tuple[int, ...],
     ) -> Tensor:
-        """What stands in for the attention mask of a packed row."""
+        """Returns what stands in for the attention mask of a packed row.
+
+        Args:
+            input_ids_BT: int64 [1, T].
+            cu_seqlens: int32 [S + 1].
+            max_seqlen: Tokens of the longest sample.
+            prompt_lengths: Tokens of each sample's prompt, where prompts are read both ways.
+
+        Raises:
+            ModelError: They are, and nobody said how long they are.
+        """
         if self._ahead is None:
             return packing_mask(cu_seqlens, max_seqlen)
         if not self._ahead.reads_prompts_both_ways:
