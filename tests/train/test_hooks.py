@@ -32,6 +32,7 @@ def record(step: int, loss: float = 2.5) -> StepRecord:
         samples=3,
         tokens_per_s=1234.5,
         samples_per_s=9.0,
+        tflop=None,
         useful_tflops=None,
         mfu=None,
         padding_frac=0.0,

@@ -61,7 +61,7 @@ def test_what_is_not_known_is_none_and_stays_so_in_sums():
     for _ in range(2):
         clock.add(sums(rows), rows)
         line = record(clock, rows)
-        assert line.useful_tflops is None and line.mfu is None
+        assert line.tflop is None and line.useful_tflops is None and line.mfu is None
     assert clock.done.flops is None and clock.done.steps == 2 and clock.done.tokens == 14
     assert Totals().per_s(3) is None
 
@@ -89,6 +89,8 @@ def test_a_run_reports_what_it_achieved(tiny, tmp_path):
     assert all(line["useful_tflops"] > 0 and line["padding_frac"] == 0.0 for line in lines)
     for line in lines:
         assert line["mfu"] == pytest.approx(line["useful_tflops"] / result.peak_tflops)
+        assert line["tflop"] == pytest.approx(line["useful_tflops"] * line["step_s"])
+    assert sum(line["tflop"] for line in lines) == pytest.approx(result.totals.flops / 1e12)
     assert result.totals.steps == 3
     assert result.totals.tokens == sum(line["tokens"] for line in lines)
     summary = said.getvalue()[said.getvalue().index("done: ") :].splitlines()

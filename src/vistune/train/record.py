@@ -43,6 +43,9 @@ class StepRecord:
         samples: Samples.
         tokens_per_s: `tokens` per second of wall time, vision tower and data wait included.
         samples_per_s: Samples per second.
+        tflop: Operations a step needed, forward and backward, in TFLOP: the tower's included, no
+            gradient of a frozen weight, nothing recomputed; None where the model's cost is not
+            known.
         useful_tflops: Operations the rows needed, forward and backward, nothing recomputed, in
             TFLOP/s on this process's device; None where the model's cost is not known.
         mfu: `useful_tflops` over the matrix products measured on this device at the start, a CPU
@@ -72,6 +75,7 @@ class StepRecord:
     samples: int
     tokens_per_s: float | None
     samples_per_s: float | None
+    tflop: float | None
     useful_tflops: float | None
     mfu: float | None
     padding_frac: float | None
@@ -269,6 +273,7 @@ class Clock:
             samples=sums.num_samples,
             tokens_per_s=work.per_s(work.tokens),
             samples_per_s=work.per_s(work.samples),
+            tflop=None if work.flops is None else work.flops / steps / 1e12,
             useful_tflops=work.useful_tflops,
             mfu=work.mfu(self.peak_tflops),
             padding_frac=work.padding_frac,

@@ -24,6 +24,7 @@ _SCALARS = (
     "samples",
     "tokens_per_s",
     "samples_per_s",
+    "tflop",
     "useful_tflops",
     "mfu",
     "padding_frac",
