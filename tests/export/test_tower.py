@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from family_dirs import write_family
+from family_dirs import PARITY, write_family
 from safetensors.torch import load_file, save_file
 from tiny_parts import PREPROCESSOR, text_config, tokenizer, vision_model
 from torch import Tensor
@@ -79,3 +80,20 @@ def test_the_original_llava_comes_back_bit_equal(tmp_path: Path, kind: str, said
     assert {n for n in names if "encoder.layers.2." in n or "post_layernorm" in n}
     assert json.loads((hf / "config.json").read_text())["vision_feature_layer"] == -2
     assert type(load_assembled(hf).model).__name__ == "ComposedVLM"
+
+
+def test_the_sentencepiece_file_goes_along(tmp_path: Path) -> None:
+    source = write_family("llava-1.5", tmp_path / "any name")
+    for made in (*source.glob("tokenizer*"), *source.glob("special*")):
+        made.unlink()
+    # Released as a sentencepiece file, which the original code reads again.
+    shutil.copy(PARITY / "tokenizers" / "llama_like" / "tokenizer.model", source)
+    token = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (source / "tokenizer_config.json").write_text(json.dumps(token))
+    out = export_model(source, to="llava", output=tmp_path / "out")
+    assert not (out / "tokenizer.json").exists()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    coders = [load_assembled(folder).encoder for folder in (source, out)]
+    first, second = (coder.tokenizer.encode("Is it?\nA  cat.") for coder in coders)
+    assert first == second and coders[0].tokenizer.convert_ids_to_tokens(first)[1] == "▁I"

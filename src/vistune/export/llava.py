@@ -8,6 +8,7 @@ Source: LLaVA v1.2.2.post1.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.data.layout import AnyresLayout
 from vistune.errors import ModelError
-from vistune.export.files import write_json, write_tokenizer, write_weights
+from vistune.export.files import (
+    image_processor_values,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
 from vistune.export.tower import WholeTower
 from vistune.models.anyres import pinpoints_of
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import read_vision_config
+from vistune.models.language.pieces import copy_pieces, has_only_pieces
 from vistune.models.towers.families import features_width
 from vistune.models.towers.load import load_tower
 from vistune.models.tune.lora import adapter_layers
@@ -56,6 +63,7 @@ def write_llava(
     *,
     tower_path: str | None,
     tower: WholeTower | None,
+    source: Path | None,
 ) -> None:
     """Writes a directory that the original code loads.
 
@@ -66,6 +74,8 @@ def write_llava(
         folder: An empty directory.
         tower_path: The encoder the tower was cut from.
         tower: That encoder, whole; what the model uses of it alone is written when None.
+        source: The directory of the tokenizer; its sentencepiece file, which the original code
+            reads, is copied as it is.
 
     Raises:
         ModelError: The layout has no place for this model, or the encoder is not known.
@@ -110,7 +120,11 @@ def write_llava(
     settings["rope_theta"] = float(text.rope_parameters["rope_theta"])
     for key in ("dtype", "rope_parameters"):  # keys of later transformers versions
         settings.pop(key, None)
-    write_tokenizer(folder, encoder)
+    if source is not None and has_only_pieces(source):
+        copy_pieces(source, folder)
+        write_json(folder / "preprocessor_config.json", image_processor_values(encoder))
+    else:
+        write_tokenizer(folder, encoder)
     write_json(folder / "config.json", settings)
     write_manifest(folder, manifest)
 

@@ -154,7 +154,15 @@ def _write_llava_kind(
     tower = None if wrong else whole_tower(model, blueprint.sources)
     if to == "llava":
         tower_path = _tower_path(blueprint.parts)
-        write_llava(model, found.encoder, whole, target, tower_path=tower_path, tower=tower)
+        write_llava(
+            model,
+            found.encoder,
+            whole,
+            target,
+            tower_path=tower_path,
+            tower=tower,
+            source=_tokenizer_path(blueprint.sources),
+        )
         return
     write_hf(model, found.encoder, target, tower=tower)
     if verify:
@@ -211,6 +219,13 @@ def _origin(parts: ModelConfig) -> Path | None:
     if parts.vision_tower_aux is not None and parts.language_model is not None:
         return Path(parts.language_model.path).expanduser()
     return None if parts.from_checkpoint is None else Path(parts.from_checkpoint)
+
+
+def _tokenizer_path(parts: ModelConfig) -> Path | None:
+    """Returns the local directory that a composed model's tokenizer was read from."""
+    named = parts.from_checkpoint if parts.language_model is None else parts.language_model.path
+    folder = None if named is None else Path(named).expanduser()
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _tower_path(parts: ModelConfig) -> str | None:

@@ -294,6 +294,12 @@ def load_tokenizer(path: str, *, key: str, **arguments: Any) -> tuple[Any, int]:
     """
     from transformers import AutoTokenizer
 
+    from vistune.models.language.pieces import fast_from_pieces, has_only_pieces
+
+    folder = Path(path).expanduser()
+    if not arguments and has_only_pieces(folder):
+        tokenizer = fast_from_pieces(folder)
+        return tokenizer, image_token_of(tokenizer)
     try:
         with quiet_transformers():
             # Left out, transformers asks on the terminal whether to run a directory's own code.

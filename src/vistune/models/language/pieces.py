@@ -1,24 +1,37 @@
-"""A fast tokenizer from a sentencepiece file, for language models whose own class is remote code.
+"""A fast tokenizer from a sentencepiece file, for directories that hold nothing newer.
 
 Llama's kind: byte-pair merges, blanks written as `▁`. The ids are proved against sentencepiece
-itself when the tokenizer is built.
+itself when the tokenizer is built. Transformers' own classes give others: for some types of models
+it leaves out the blank in front of a text, and it merges runs of blanks in another order.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from vistune.errors import ModelError
 
 PIECES_NAME = "tokenizer.model"
 _SETTINGS_NAME = "tokenizer_config.json"
+_SPECIAL_NAME, _ADDED_NAME = "special_tokens_map.json", "added_tokens.json"
+_FAST_NAME = "tokenizer.json"
+_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _BPE = 2
 _CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4
 _SPACE = "▁"
@@ -37,7 +50,8 @@ def fast_from_pieces(folder: Path) -> PreTrainedTokenizerFast:
 
     Args:
         folder: Holds `tokenizer.model` and, as a rule, `tokenizer_config.json`, of which the
-            added tokens, the names of special tokens and the chat template are read.
+            added tokens, the names of special tokens, the chat template and `legacy` are read:
+            whether a text behind a special token is one of its own, with a blank in front.
 
     Raises:
         ModelError: The file is missing, of another kind, or its ids cannot be reproduced.
@@ -56,9 +70,10 @@ def fast_from_pieces(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # protobuf's own kind of error differs between its versions
         raise ModelError("the tokenizer cannot be read", where=str(path), got=error) from error
     _check(proto, where=str(path))
-    settings = _settings(folder)
+    settings = {**_settings(folder, _SPECIAL_NAME), **_set(_settings(folder, _SETTINGS_NAME))}
     added = _added_tokens(settings, where=str(folder / _SETTINGS_NAME))
-    backend = _backend(proto, added, where=str(folder))
+    added |= {index: name for name, index in _settings(folder, _ADDED_NAME).items()}
+    backend = _backend(proto, added, where=str(folder), legacy=bool(settings.get("legacy", True)))
     bos, eos, unk = (_piece(proto, index) for index in _special_ids(proto))
     bos, eos = _name(settings, "bos_token", bos), _name(settings, "eos_token", eos)
     if settings.get("add_bos_token", True):
@@ -93,8 +108,33 @@ def _check(proto: Any, *, where: str) -> None:
         )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / _SETTINGS_NAME
+def has_only_pieces(folder: Path) -> bool:
+    """Whether a directory's tokenizer is Llama's and stands in its sentencepiece file alone.
+
+    Args:
+        folder: A model directory.
+
+    Raises:
+        ModelError: Its settings cannot be read.
+    """
+    if (folder / _FAST_NAME).is_file() or not (folder / PIECES_NAME).is_file():
+        return False
+    return _settings(folder, _SETTINGS_NAME).get("tokenizer_class") in _CLASSES
+
+
+def copy_pieces(source: Path, folder: Path) -> None:
+    """Copies a tokenizer of `has_only_pieces` as it is."""
+    for name in (PIECES_NAME, _SETTINGS_NAME, _SPECIAL_NAME, _ADDED_NAME):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+
+
+def _set(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
     if not path.is_file():
         return {}
     try:
@@ -128,7 +168,7 @@ def _name(settings: dict[str, Any], key: str, default: str) -> str:
     return default if value is None else str(value)
 
 
-def _backend(proto: Any, added: dict[int, str], *, where: str) -> Tokenizer:
+def _backend(proto: Any, added: dict[int, str], *, where: str, legacy: bool) -> Tokenizer:
     # An added token inside the table takes the place of a piece that was kept free for it.
     names = [added.get(index, str(piece.piece)) for index, piece in enumerate(proto.pieces)]
     vocabulary = {name: index for index, name in enumerate(names)}
@@ -145,12 +185,15 @@ def _backend(proto: Any, added: dict[int, str], *, where: str) -> Tokenizer:
     steps: list[normalizers.Normalizer] = []
     if proto.normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
-    if proto.normalizer_spec.add_dummy_prefix:
+    prefixed = bool(proto.normalizer_spec.add_dummy_prefix)
+    if prefixed and legacy:
         steps.append(normalizers.Prepend(_SPACE))
+    elif prefixed:  # in front of the whole text only, unless it has a blank there
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "first", split=False)
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     undo: list[decoders.Decoder] = [decoders.Replace(_SPACE, " ")]
     undo += [decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
+    if prefixed:
         undo.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(undo)
     control = [str(p.piece) for p in proto.pieces if p.type in (_CONTROL, _UNKNOWN)]
@@ -184,6 +227,8 @@ def _prove(backend: Tokenizer, path: Path, added: dict[int, str]) -> None:
     """Compares ids with sentencepiece's own on texts with blanks, line breaks and other scripts."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for text in _PROBES:
+        # A text's own first blank stands for the one in front, where that is not `legacy`.
+        text = text if backend.pre_tokenizer is None else text.lstrip()
         ours = backend.encode(text, add_special_tokens=False).ids
         theirs = processor.encode(text)
         if ours != theirs and not set(theirs) & set(added):
