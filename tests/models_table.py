@@ -41,6 +41,7 @@ _LOOP = "tests/train/test_loop.py::"
 _PIECES = "tests/models/test_language_pieces.py::"
 _PARTIAL = "tests/checkpoint/layouts/test_partial.py"
 _LAYOUTS = "tests/export/test_public_layouts.py::"
+_TOWER = "tests/export/test_tower.py::test_the_original_llava_comes_back_bit_equal"
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,11 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown(
             (
                 "tests/checkpoint/layouts/test_llava_original.py",
+                "tests/checkpoint/layouts/test_lora_on_llava.py",
                 _PARTIAL,
                 f"{_LAYOUTS}test_connectors_of_others",
             ),
-            "whole, after LoRA, or `mm_projector.bin` alone",
+            "whole, after LoRA (on Vicuna or on a LLaVA), or `mm_projector.bin` alone",
         ),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",)),
         Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]",)),
@@ -190,7 +192,14 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown((f"{_E2E}test_packed_rows_give_the_loss_of_single_ones[llava-1.5]",)),
         Shown((f"{_LEARN}[llava-1.5]",)),
         Shown((f"{_LEARN}[llava-1.5]", f"{_E2E}test_train_resume_answer_export[llava-1.5-lora]")),
-        Shown((f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",), "llava, vistune"),
+        Shown(
+            (
+                f"{_E2E}test_train_resume_answer_export[llava-1.5-full]",
+                f"{_TOWER}[True-llava-1.5]",
+                f"{_TOWER}[False-llava-1.5]",
+            ),
+            "hf, llava, vistune",
+        ),
         Shown((f"{_PARITY}[llava15]",)),
     ),
     "LLaVA-1.6, original layout": (
@@ -208,6 +217,8 @@ ROWS: dict[str, tuple[Cell, ...]] = {
             (
                 f"{_E2E}test_train_resume_answer_export[llava-1.6-full]",
                 "tests/train/test_tiles.py::test_exports_answer_the_same",
+                f"{_TOWER}[True-llava-1.6]",
+                f"{_TOWER}[False-llava-1.6]",
                 "tests/train/test_tiles.py::test_transformers_reads_ids_pixels_and_answers",
                 "tests/train/test_tiles.py::test_an_adapter_export_has_the_newline_beside_it",
             ),
