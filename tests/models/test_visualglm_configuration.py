@@ -25,6 +25,14 @@ def test_public_settings_come_back() -> None:
     assert {name: written[name] for name in settings} == settings
 
 
+def test_the_residuals_factor_of_the_public_code_at_another_depth() -> None:
+    # It takes 28 layers whatever the config says; a dump made with it says so.
+    config = VisualGLMConfig.from_public({**public(), "residual_num_layers": 28}, where="config")
+    assert config.text_config.residual_scale == 56**0.5
+    assert config.to_public()["residual_num_layers"] == 28
+    assert "residual_num_layers" not in load_config().to_public()
+
+
 def test_saved_settings_come_back(tmp_path: Any) -> None:
     config = load_config()
     config.save_pretrained(tmp_path)
@@ -60,6 +68,7 @@ def test_sat_settings_are_completed_from_the_vocabulary(vocab_size: int, sop: in
     }
     text = VisualGLMConfig.from_public(sat, where="model_config.json").text_config
     assert (text.bos_token_id, text.gmask_token_id) == (sop, sop - 3)
+    assert text.pad_token_id == (3 if vocab_size == 130_528 else 20_003)
     assert text.intermediate_size == 16_384
     with pytest.raises(ModelError, match="special ids"):
         VisualGLMConfig.from_public({**sat, "vocab_size": 999}, where="model_config.json")

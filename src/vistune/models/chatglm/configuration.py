@@ -33,6 +33,9 @@ _PUBLIC_FIELDS = {
 }
 
 
+_RESIDUAL = "residual_num_layers"
+
+
 class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]
     """Settings of a ChatGLM-6B decoder; the defaults are the public 6B model's.
 
@@ -45,7 +48,8 @@ class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]
         layer_norm_eps: Epsilon of every LayerNorm.
         max_position_embeddings: Longest sequence the model was trained on, in tokens.
         residual_num_layers: Layer count in the residual's factor sqrt(2 x layers), or None for
-            `num_hidden_layers`. It differs only in cut-down copies of a deeper model.
+            `num_hidden_layers`. It differs only in cut-down copies of a deeper model; the public
+            transformers code always has 28, so a public config may say this too.
         rotary_angle_dtype: Number format in which position x frequency is multiplied. "float16"
             reproduces the public half-precision run, whose angles are coarse at high positions.
         bos_token_id: `<sop>`, the first token of the answer.
@@ -120,6 +124,8 @@ class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]
                 fix="load the model without the prefix encoder",
             )
         fields = {ours: config[theirs] for ours, theirs in _PUBLIC_FIELDS.items()}
+        if config.get(_RESIDUAL) is not None:
+            fields[_RESIDUAL] = int(config[_RESIDUAL])
         fields["num_attention_heads"] = int(fields["num_attention_heads"])
         if fields["hidden_size"] % (4 * fields["num_attention_heads"]):
             raise ModelError(
@@ -133,4 +139,5 @@ class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]
         """Returns the settings under the public `config.json`'s field names."""
         own = self.to_dict()
         public = {theirs: own[ours] for ours, theirs in _PUBLIC_FIELDS.items()}
-        return {**public, "position_encoding_2d": True, "use_cache": True}
+        residual = {} if own[_RESIDUAL] is None else {_RESIDUAL: own[_RESIDUAL]}
+        return {**public, **residual, "position_encoding_2d": True, "use_cache": True}

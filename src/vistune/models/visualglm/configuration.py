@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, PreTrainedConfig
 
 from vistune.errors import ModelError
-from vistune.models.chatglm.configuration import ChatGLMConfig
+from vistune.models.chatglm.configuration import NUM_IMAGE_TOKENS_BY_VOCABULARY, ChatGLMConfig
 from vistune.types import ImageDefaults, VisionGrid
 
 _SPECIAL_IDS = {"mask_token_id": 0, "gmask_token_id": 1, "bos_token_id": 4, "eos_token_id": 5}
@@ -190,7 +190,8 @@ def _sat_text(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     text = dict(config)
     text.setdefault("inner_hidden_size", 4 * text.get("hidden_size", 0))
     text.setdefault("layernorm_epsilon", 1e-5)
-    text.setdefault("pad_token_id", 3)
+    shift = NUM_IMAGE_TOKENS_BY_VOCABULARY.get(text.get("vocab_size", 0), 0)
+    text.setdefault("pad_token_id", 3 + shift)
     mask_id = _MASK_ID_BY_VOCABULARY.get(text.get("vocab_size", 0))
     unknown = [name for name in _SPECIAL_IDS if name not in text]
     if unknown and mask_id is None:
