@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -98,67 +98,99 @@ class NativeMemory:
             checkpoint_layers: Layers whose activations are computed again.
         """
         again = min(checkpoint_layers, self.num_layers)
-        here = min(again, IN_FLIGHT + 1) if self.moves_inputs else again
-        tokens, plain = row.num_tokens, self.num_layers - again
-        images = self.patch.times(row.num_patches) + self.patch_pair.times(row.num_patches**2)
-        outside = self.row.times(tokens)
-        layer = self.layer.times(tokens) + self.pair.times(row.num_pairs)
-        recomputed = self.again.times(tokens) + self.pair_again.times(row.num_pairs)
-        inputs = here * recomputed.kept
-        kept = plain * layer.kept + outside.kept + inputs
-        chunk = min(row.num_targets, self.chunk_targets)
-        logits = chunk * self.target + row.num_targets * self.target_kept
-        # The last layer is a plain one unless all are computed again.
-        last = layer if plain else recomputed
-
-        def total(kind: str) -> int:
-            return sum(getattr(b, kind) for b in self.roles.values())
-
-        gradients, casts = total("gradients"), total("casts")
-        several = gradients if row.num_rows > 1 else 0
-        # Casts go with what they are kept for: of layers computed again when the forward pass has
-        # ended, the head's when its backward pass has.
-        casts_left = casts - again * self.of_layer.casts
-        casts_last = casts_left - self.of_head.casts
-        early = casts - self.num_layers * self.of_layer.casts - self.of_head.casts
-        plain_gradients = self.of_head.gradients + plain * self.of_layer.gradients
-        below = images.kept + outside.kept
-        first = recomputed.backward if again else layer.kept + layer.backward
-        phases = {
-            "layers": casts + several + images.kept + kept + last.forward,
-            "loss": casts + several + images.kept + kept + logits,
-            "head": casts_left + (several or self.of_head.gradients) + self.of_head.at_work
-            + images.kept + kept + row.num_targets * self.target_kept,
-            "last layer": casts_last + (several or self.of_head.gradients + self.of_layer.gradients)
-            + self.of_layer.at_work + images.kept + kept + last.backward,
-            "recomputed layer": (early + self.of_layer.casts + (several or plain_gradients)
-            + self.of_layer.at_work + below + inputs + recomputed.backward) if again else 0.0,
-            "first layer": early + self.of_layer.casts + gradients + self.of_layer.at_work + below
-            + first,
-            "images": early + several + images.forward + outside.forward,
-            "tower": early + gradients + images.backward + outside.backward,
-            "update": float(gradients + self.visiting),
-        }  # fmt: skip
-        where = max(phases, key=lambda name: phases[name])
+        need = self._need(row, again)
+        moments = self._moments(row, again, need)
+        where = max(moments, key=lambda name: moments[name])
         passing = {
-            "layers": last.forward,
-            "last layer": last.backward,
-            "recomputed layer": recomputed.backward,
-            "first layer": first,
-            "images": images.forward - images.kept,
-            "tower": images.backward - images.kept,
+            "layers": need.last.forward,
+            "last layer": need.last.backward,
+            "recomputed layer": need.recomputed.backward,
+            "first layer": need.first,
+            "images": need.images.forward - need.images.kept,
+            "tower": need.images.backward - need.images.kept,
         }
-        held = total("weights") + total("optimizer") + WORKSPACE_BYTES
+        held = self._total("weights") + self._total("optimizer") + WORKSPACE_BYTES
         return Prediction(
             roles=self.roles,
-            tower=int(images.kept),
-            activations=int(kept),
-            logits=int(logits),
+            tower=int(need.images.kept),
+            activations=int(need.kept),
+            logits=int(need.logits),
             passing=int(passing.get(where, 0.0)),
-            gradients_at_peak=bool(several) or where in ("update", "first layer", "tower"),
-            peak=int(held + phases[where]),
+            gradients_at_peak=row.num_rows > 1 or where in ("update", "first layer", "tower"),
+            peak=int(held + moments[where]),
             phase=where,
         )
+
+    def _total(self, kind: Literal["weights", "gradients", "optimizer", "casts"]) -> int:
+        return sum(getattr(of_role, kind) for of_role in self.roles.values())
+
+    def _need(self, row: RowSize, again: int) -> _Need:
+        """Returns what the tensors of a row need."""
+        here = min(again, IN_FLIGHT + 1) if self.moves_inputs else again
+        outside = self.row.times(row.num_tokens)
+        plain = self.layer.times(row.num_tokens) + self.pair.times(row.num_pairs)
+        recomputed = self.again.times(row.num_tokens) + self.pair_again.times(row.num_pairs)
+        inputs = here * recomputed.kept
+        chunk = min(row.num_targets, self.chunk_targets)
+        of_squares = self.patch_pair.times(row.num_patches**2)
+        return _Need(
+            images=self.patch.times(row.num_patches) + of_squares,
+            outside=outside,
+            recomputed=recomputed,
+            # The last layer is a plain one unless all are computed again.
+            last=recomputed if again == self.num_layers else plain,
+            first=recomputed.backward if again else plain.kept + plain.backward,
+            inputs=inputs,
+            kept=(self.num_layers - again) * plain.kept + outside.kept + inputs,
+            logits=chunk * self.target + row.num_targets * self.target_kept,
+        )
+
+    def _moments(self, row: RowSize, again: int, need: _Need) -> dict[str, float]:
+        """Returns the bytes beside weights and optimizer at the moments that may be the peak."""
+        layer, head = self.of_layer, self.of_head
+        gradients, casts = self._total("gradients"), self._total("casts")
+        plain = self.num_layers - again
+        if row.num_rows > 1:  # a gradient comes beside the sum of those of the rows before
+            before = with_head = with_layer = with_plain = gradients
+            with_head += head.gradients
+            with_layer += 2 * layer.at_work
+        else:
+            before, with_head = 0, head.gradients
+            with_layer = head.gradients + layer.gradients
+            with_plain = head.gradients + plain * layer.gradients
+        # Casts go with what they are kept for: of layers computed again when the forward pass has
+        # ended, the head's when its backward pass has.
+        below = casts - self.num_layers * layer.casts - head.casts
+        kept, early = need.images.kept + need.kept, need.images.kept + need.outside.kept
+        one = below + layer.casts + layer.at_work + early
+        return {
+            "layers": casts + before + kept + need.last.forward,
+            "loss": casts + before + kept + need.logits,
+            "head": below + plain * layer.casts + head.casts + with_head + head.at_work
+            + kept + row.num_targets * self.target_kept,
+            "last layer": below + plain * layer.casts + with_layer + layer.at_work
+            + kept + need.last.backward,
+            "recomputed layer": (one + with_plain + need.inputs + need.recomputed.backward)
+            if again else 0.0,
+            "first layer": one + gradients + need.first,
+            "images": below + before + need.images.forward + need.outside.forward,
+            "tower": below + gradients + need.images.backward + need.outside.backward,
+            "update": float(gradients + self.visiting),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Bytes of the tensors of a row: at several layers, from images, outside, and kept in all."""
+
+    images: Amounts
+    outside: Amounts
+    recomputed: Amounts
+    last: Amounts
+    first: float
+    inputs: float
+    kept: float
+    logits: float
 
 
 def native_memory(
