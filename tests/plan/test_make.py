@@ -8,7 +8,9 @@ from family_dirs import write_family
 from tiny_parts import parts
 from typer.testing import CliRunner
 
+from vistune.assembly import draw
 from vistune.cli.app import app
+from vistune.data.check import check_sources
 from vistune.errors import RegistryError
 from vistune.plan import make_plan, settle
 from vistune.plan.devices import KNOWN_DEVICES
@@ -28,12 +30,27 @@ def tree(tmp_path):
 
 
 def test_a_named_device(tree):
+    tree["batch"] = {"tokens": 2 * 32768, "max_tokens": "auto"}
     made = make_plan(Recipe.model_validate(tree), device="h200", price_per_hour=3.6)
     assert made.fits and made.room.memory.fused
     assert made.settled.max_tokens == 32768 and made.settled.checkpoint_layers == 0
     assert made.row_seconds == made.row_tflop / (790 * 0.74)
-    assert made.run_seconds == made.row_seconds * 10
+    assert made.step_seconds == made.row_seconds * 2
+    assert made.run_seconds == made.step_seconds * 10
     assert made.cost == pytest.approx(made.run_seconds / 1000)
+
+
+def test_how_many_rows_samples_fill_is_in_the_data_alone(tree, tmp_path):
+    # 4 samples in rows of 32,768 tokens, or 4,000 in rows of 2,048: a row a step is no estimate.
+    made = make_plan(Recipe.model_validate(tree), device="h200", price_per_hour=3.6)
+    assert made.row_seconds is not None and made.num_steps == 10
+    assert made.step_seconds is None and made.run_seconds is None and made.cost is None
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--price", "3"])
+    assert done.exit_code == 0 and "add --data" in done.output and "s a step" not in done.output
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "npu-64", "--price", "3"])
+    assert "cost: not known, as the speed of npu-64" in done.output
 
 
 def test_what_is_not_known_stays_open(tree):
@@ -92,10 +109,22 @@ def test_lengths_are_read_when_asked_for(tree, tmp_path):
     assert made.row.num_images == 0 and made.row.num_rows == 1
     # Bytes are tokens here: the longest of three pairs holds the row of 40 and another.
     assert 2 * 40 < made.row.num_tokens < 4096
-    assert made.run_seconds == pytest.approx(made.row_seconds * 6)
+    # Time goes by tokens: two epochs of all of them, in rows as long as the longest.
+    report = check_sources(
+        Recipe.model_validate(tree).data.train,
+        draw(Recipe.model_validate(tree)).encoder,
+        max_tokens=4096,
+        overlong="error",
+        workers=0,
+    )
+    in_rows = report.num_tokens / made.row.num_tokens
+    assert 2 < in_rows < 3
+    assert made.run_seconds == pytest.approx(made.row_seconds * 2 * in_rows)
+    assert made.step_seconds == pytest.approx(made.run_seconds / 6)
     tree["train"] |= {"compile": "static_blocks", "fused": "off"}
     padded = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
     assert padded.row.num_tokens == 4096 and padded.row.num_targets == made.row.num_targets
+    assert padded.step_seconds == pytest.approx(padded.row_seconds)
 
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b"])

@@ -56,12 +56,12 @@ def plan(
         read_data=data,
         blueprint=blueprint,
     )
-    _print(made)
+    _print(made, price=price)
     if not made.fits:
         raise typer.Exit(1)
 
 
-def _print(made: Plan) -> None:
+def _print(made: Plan, *, price: float | None) -> None:
     from vistune.cli.console import print_table
 
     gib = 2**30
@@ -98,10 +98,21 @@ def _print(made: Plan) -> None:
     if made.row_seconds is not None:
         tokens_per_s = row.num_tokens / made.row_seconds
         print(f"estimate: {made.row_seconds:.3g} s a row, {tokens_per_s:,.0f} tokens/s")
+    _print_run(made, price=price)
+
+
+def _print_run(made: Plan, *, price: float | None) -> None:
+    """Says what a step and the run take, or what it would need to know for that."""
+    if made.step_seconds is not None:
+        print(f"estimate: {made.step_seconds:.3g} s a step")
     if made.run_seconds is not None:
         print(f"estimate: {made.num_steps:,} steps in {made.run_seconds / 3600:.2f} h")
+    elif made.row_seconds is not None:
+        print("a step, the run and its cost: add --data, which counts the rows and steps there are")
     if made.cost is not None:
         print(f"estimate: cost {made.cost:,.2f}")
+    elif price is not None and made.row_seconds is None:
+        print(f"cost: not known, as the speed of {made.device.name} with this model is not")
 
 
 def _print_held(found: Held, unknown: str) -> None:

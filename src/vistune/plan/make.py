@@ -53,6 +53,8 @@ class Plan:
             not known.
         row_tflop: Operations that row needs, in TFLOP, or None.
         num_steps: Optimizer steps of the run; None where the data was not read.
+        step_seconds: Estimated time of a step; None where its rows are not known either: how many
+            `batch.samples` fill is in the data alone.
         run_seconds: Estimated time of the run, or None.
         cost: `run_seconds` times the price an hour, or None.
         from_data: Whether `row` is the data's own longest row (else the fullest of its length).
@@ -66,6 +68,7 @@ class Plan:
     row_seconds: float | None
     row_tflop: float | None
     num_steps: int | None
+    step_seconds: float | None
     run_seconds: float | None
     cost: float | None
     from_data: bool
@@ -105,8 +108,8 @@ def make_plan(
     room = _room(recipe, blueprint, target)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
-    row, num_steps, rows_per_step = room.fullest(settled.max_tokens), None, 1.0
-    num_steps = recipe.train.steps
+    row, num_steps = room.fullest(settled.max_tokens), recipe.train.steps
+    rows_per_step: float | None = None
     if recipe.batch.tokens is not None:
         rows_per_step = max(1.0, recipe.batch.tokens / settled.max_tokens)
         row = replace(row, num_rows=round(rows_per_step))
@@ -116,9 +119,12 @@ def make_plan(
             row = replace(row, num_tokens=max(row.num_tokens, settled.max_tokens))
     prediction = room.memory.predict(row, checkpoint_layers=settled.checkpoint_layers)
     tflop, seconds = _row_time(recipe, room, row, target, settled)
+    step_seconds = None
+    if seconds is not None and rows_per_step is not None:
+        step_seconds = seconds * rows_per_step
     run_seconds = None
-    if seconds is not None and num_steps is not None:
-        run_seconds = seconds * rows_per_step * num_steps
+    if step_seconds is not None and num_steps is not None:
+        run_seconds = step_seconds * num_steps
     cost = None
     if run_seconds is not None and price_per_hour is not None:
         cost = run_seconds / 3600 * price_per_hour
@@ -131,6 +137,7 @@ def make_plan(
         row_seconds=seconds,
         row_tflop=tflop,
         num_steps=num_steps,
+        step_seconds=step_seconds,
         run_seconds=run_seconds,
         cost=cost,
         from_data=read_data,
@@ -189,7 +196,10 @@ def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
 
 
 def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSize, int, float]:
-    """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step."""
+    """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step.
+
+    The rows of a step are counted in rows as long as the longest, as time goes by tokens.
+    """
     from vistune.data.check import check_sources
     from vistune.data.loader import TrainData
 
@@ -227,7 +237,10 @@ def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSiz
         num_patches=_patches(room, int(seen[mine].sum())),
         num_pairs=int((lengths[mine].astype(np.int64) ** 2).sum()),
     )
-    return size, steps, len(rows) / max(1, len(plans))
+    # Where every row is filled up to one length, each takes as long as the longest.
+    filled = recipe.train.compile == "static_blocks"
+    in_rows = len(rows) if filled else sum(count for count, *_ in rows) / tokens
+    return size, steps, in_rows / max(1, len(plans))
 
 
 def _patches(room: Room, num_image_tokens: int) -> int:
