@@ -49,16 +49,17 @@ def load_connector(connector: nn.Module, path: Path) -> None:
         WeightsError: The file is missing or damaged, holds something else besides a connector, or
             does not fit this one.
     """
-    state = read_connector(path)
-    if isinstance(connector, nn.Linear):
+    prefix, state = _read_named(path)
+    if isinstance(connector, nn.Linear) and any(name.startswith("0.") for name in state):
         # XTuner's projector of depth 1 is a sequence of one layer.
         state = {name.removeprefix("0."): tensor for name, tensor in state.items()}
+        prefix += "0."
     own = connector.state_dict()
     check_keys(
-        missing=own.keys() - state.keys(),
-        unexpected=state.keys() - own.keys(),
+        missing=[prefix + name for name in own.keys() - state.keys()],
+        unexpected=[prefix + name for name in state.keys() - own.keys()],
         mismatched=[
-            (name, tensor.shape, own[name].shape)
+            (prefix + name, tensor.shape, own[name].shape)
             for name, tensor in state.items()
             if name in own and tensor.shape != own[name].shape
         ],
@@ -76,11 +77,16 @@ def read_connector(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: See `load_connector`.
     """
+    return _read_named(path)[1]
+
+
+def _read_named(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Returns what a file puts in front of a connector's names, and `read_connector`."""
     file = _file_of(path)
     tensors = read_tensors_of(file)
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            return prefix, {n.removeprefix(prefix): tensor for n, tensor in tensors.items()}
     others = sorted(n for n in tensors if not n.startswith(_PREFIXES[:-1]))
     raise WeightsError(
         "this file does not hold a connector alone",
