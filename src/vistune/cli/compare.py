@@ -29,13 +29,10 @@ def parity(
     ] = "fp32",
 ) -> None:
     """Compute every array of a reference dump and say how far each one is off."""
-    import torch
-
     from vistune.cli.console import print_table
-    from vistune.compare.parity import compare_directory
+    from vistune.compare.parity import FORMATS, compare_directory
 
-    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    report = compare_directory(directory, tolerance=tolerance, dtype=formats[dtype])
+    report = compare_directory(directory, tolerance=tolerance, dtype=FORMATS[dtype])
     words = {True: "pass", False: "FAIL", None: "-"}
     rows = [
         (c.file, c.array, c.note, words[c.passed], "" if c.error is None else f"{c.error:.1e}")

@@ -62,6 +62,10 @@ class ParityReport:
         return tuple(check for check in self.checks if check.passed is False)
 
 
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Formats of weights by the names people write."""
+
+
 def compare_directory(
     directory: Path, *, tolerance: float | None = None, dtype: torch.dtype = torch.float32
 ) -> ParityReport:
