@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "models" / "native"))
 
 from native_dirs import KINDS, write_native
 
-from vistune.assembly import Assembled, load_assembled
+from vistune.assembly import Assembled, Origin, load_assembled
 from vistune.checkpoint.run_dir import RunDirectory
 from vistune.cli import main
 from vistune.errors import CheckpointError, ModelError
@@ -27,7 +27,7 @@ from vistune.export import export_model
 from vistune.generate import Prompt, generate
 from vistune.models.hub import is_small
 from vistune.models.native import NativeVLM
-from vistune.recipe import Recipe, ResolvedRecipe
+from vistune.recipe import BasesConfig, Recipe, ResolvedRecipe
 from vistune.train import train
 from vistune.types import Turn
 
@@ -156,6 +156,11 @@ def test_a_run_reads_nothing_but_weights_from_its_base(
     assert torch.equal(logits(load_assembled(tmp_path / "hf")), expected)
     names = {file.name for file in (tmp_path / "hf").iterdir()}
     assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= names
+    base.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"not there any more(.|\n)*--base-model"):
+        load_assembled(tmp_path / "run")
+    moved = Origin(BasesConfig(model=str(tmp_path / "moved")))
+    assert torch.equal(logits(load_assembled(tmp_path / "run", origin=moved)), expected)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

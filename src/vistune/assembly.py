@@ -168,8 +168,7 @@ def stands_on_bases(path: Path) -> bool:
     """
     folder = resolve_checkpoint(path)
     if (folder / MANIFEST_NAME).is_file():
-        parts = read_manifest(folder).parts
-        return parts is not None and parts.from_checkpoint is None
+        return read_manifest(folder).parts is not None
     return is_partial(folder)
 
 
@@ -179,7 +178,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     partial = read_partial(folder, asked.bases)
     if partial is not None:
         _refuse(asked, ("connector.weights",), "it brings its own connector", where=folder)
-        _refuse(asked, ("sat_qkv",), "it is of another project", where=folder)
+        _refuse(asked, ("sat_qkv", "bases.model"), "it is of another project", where=folder)
         parts = pinned(anchored(partial.parts.model_copy(update={"tiles": tiles})))
         sources = located(parts, weights=False)
         facts = _completed(describe(sources), partial)
@@ -189,7 +188,7 @@ def _draw_from(path: Path, data: DataConfig | None, asked: ModelConfig) -> Bluep
     is_checkpoint = manifest is not None and manifest.kind == "checkpoint"
     own_parts = manifest.parts if manifest is not None and is_checkpoint else None
     if manifest is not None:
-        keys = ["bases.vision_tower", "bases.language_model"]
+        keys = [f"bases.{key}" for key in asked.bases.model_dump()]
         if own_parts is not None:
             own_parts, homeless = on_bases(own_parts, asked.bases)
             keys = [*(f"bases.{key}" for key in homeless), "connector.weights"]
@@ -242,12 +241,8 @@ def _refuse(asked: ModelConfig, keys: Sequence[str], reason: str, *, where: Path
     Raises:
         ModelError: One of them is set.
     """
-    values = {
-        "bases.vision_tower": asked.bases.vision_tower,
-        "bases.language_model": asked.bases.language_model,
-        "connector.weights": asked.connector.weights,
-        "sat_qkv": asked.sat_qkv,
-    }
+    values = {f"bases.{key}": value for key, value in asked.bases.model_dump().items()}
+    values |= {"connector.weights": asked.connector.weights, "sat_qkv": asked.sat_qkv}
     given = [key for key in keys if values[key] is not None]
     if given:
         raise ModelError(

@@ -121,6 +121,8 @@ def test_a_whole_model_has_no_place_for_bases(tmp_path: Path) -> None:
     whole = ModelConfig(from_checkpoint=str(tmp_path))
     now, homeless = on_bases(whole, BasesConfig(vision_tower="x", language_model="y"))
     assert now == whole and homeless == ["vision_tower", "language_model"]
+    now, homeless = on_bases(whole, BasesConfig(model="z"))
+    assert (now.from_checkpoint, homeless) == ("z", [])
     stands = moved(
         ModelConfig(from_checkpoint=str(tmp_path), bases=BasesConfig(vision_tower="x")),
         {"vision base": Path("z")},

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from vistune.chat.session import ChatSession
 from vistune.data.visible import visible
 from vistune.errors import VistuneError
+
+if TYPE_CHECKING:
+    from vistune.assembly import Origin
 
 COMMANDS = (
     ("/image PATH", "talk about an image in the next question"),
@@ -40,10 +43,7 @@ class ChatOptions:
         top_p: Nucleus of sampling.
         device: Device name.
         dtype: Number format name.
-        template: Chat template, where the model brings none.
-        vision_tower: The encoder that a model of another project stands on, where it says another.
-        language_model: The language model that it stands on, likewise.
-        sat_qkv: Order of rows in SwissArmyTransformer's layout.
+        origin: What the directory does not say itself; None for nothing.
     """
 
     images: tuple[Path, ...] = ()
@@ -54,10 +54,7 @@ class ChatOptions:
     top_p: float = 1.0
     device: str = "auto"
     dtype: str = "auto"
-    template: str | None = None
-    vision_tower: str | None = None
-    language_model: str | None = None
-    sat_qkv: Literal["blocks", "by_head"] | None = None
+    origin: Origin | None = None
 
 
 def run_chat(model: Path, options: ChatOptions) -> int:
@@ -73,9 +70,7 @@ def run_chat(model: Path, options: ChatOptions) -> int:
     Raises:
         VistuneError: The model cannot be loaded, or a one-shot question cannot be answered.
     """
-    from vistune.assembly import Origin
     from vistune.chat.speaker import load_speaker
-    from vistune.recipe import BasesConfig
 
     if sys.stderr.isatty():
         print(f"loading {model} ...", file=sys.stderr, flush=True)
@@ -85,11 +80,7 @@ def run_chat(model: Path, options: ChatOptions) -> int:
         dtype=options.dtype,
         temperature=options.temperature,
         top_p=options.top_p,
-        origin=Origin(
-            BasesConfig(vision_tower=options.vision_tower, language_model=options.language_model),
-            options.template,
-            options.sat_qkv,
-        ),
+        origin=options.origin,
     )
     for note in speaker.assembled.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -42,6 +42,7 @@ _PLACES: dict[str, tuple[str | None, str]] = {
 _ROLES_OF_BASES = {
     "vision_tower": ("vision", "vision base"),
     "language_model": ("language", "language base"),
+    "model": ("model",),
 }
 _SHOWN_KEYS = 6
 
@@ -192,7 +193,7 @@ def _way_back(role: str) -> str:
     key = next((key for key, roles in _ROLES_OF_BASES.items() if role in roles), None)
     if key is None:
         return f"{back}, or leave a link to it there"
-    flag = key.replace("_", "-")
+    flag = "base-model" if key == "model" else key.replace("_", "-")
     return (
         f"{back}, or say where it is now: --{flag} of chat, eval and export,"
         f" model.bases.{key} of a recipe that goes on from this"
@@ -222,9 +223,8 @@ def _slug(role: str) -> str:
 
 
 def _called(role: str) -> str:
-    return {"vision": "vision tower", "language": "language model", "aux": "second tower"}.get(
-        role, role
-    )
+    names = {"vision": "vision tower", "language": "language model", "aux": "second tower"}
+    return names.get(role, role)
 
 
 def _difference(role: str, place: Path, kept: Path) -> str | None:

@@ -30,6 +30,11 @@ LanguageBase = Annotated[
     typer.Option("--language-model", help="Language model that it stands on, likewise."),
 ]
 
+WholeBase = Annotated[
+    str | None,
+    typer.Option("--base-model", help="Where the whole model of a run is now, if it was moved."),
+]
+
 
 class SatOrder(StrEnum):
     """Orders of rows in SwissArmyTransformer's layout."""
@@ -50,13 +55,14 @@ def origin_of(
     template: str | None,
     vision_tower: str | None,
     language_model: str | None,
+    base_model: str | None,
     sat_qkv: SatOrder | None,
 ) -> Origin:
     """Returns what a person says of a directory that it does not say itself."""
     from vistune.assembly import Origin
     from vistune.recipe import BasesConfig
 
-    bases = BasesConfig(vision_tower=vision_tower, language_model=language_model)
+    bases = BasesConfig(vision_tower=vision_tower, language_model=language_model, model=base_model)
     return Origin(bases, template, None if sat_qkv is None else sat_qkv.value)
 
 
@@ -85,6 +91,7 @@ def chat(
     template: Template = None,
     vision_tower: TowerBase = None,
     language_model: LanguageBase = None,
+    base_model: WholeBase = None,
     sat_qkv: SatRows = None,
 ) -> None:
     """Talk to a model about images. Lines are read from a pipe as well as from a terminal."""
@@ -99,9 +106,6 @@ def chat(
         top_p=top_p,
         device=device,
         dtype=dtype,
-        template=template,
-        vision_tower=vision_tower,
-        language_model=language_model,
-        sat_qkv=None if sat_qkv is None else sat_qkv.value,
+        origin=origin_of(template, vision_tower, language_model, base_model, sat_qkv),
     )
     raise typer.Exit(run_chat(model, options))

@@ -16,6 +16,7 @@ from vistune.cli.chat import (
     SatRows,
     Template,
     TowerBase,
+    WholeBase,
     origin_of,
 )
 
@@ -60,6 +61,7 @@ def evaluate(
     template: Template = None,
     vision_tower: TowerBase = None,
     language_model: LanguageBase = None,
+    base_model: WholeBase = None,
     sat_qkv: SatRows = None,
 ) -> None:
     """Score a model on held-out questions, next to the same model without images."""
@@ -76,7 +78,7 @@ def evaluate(
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, dtype=dtype
     )
-    origin = origin_of(template, vision_tower, language_model, sat_qkv)
+    origin = origin_of(template, vision_tower, language_model, base_model, sat_qkv)
     systems = systems_of(model, baseline, settings, blind=blind, origin=origin)
     folder = output or Path("evaluations") / _plain(model) / _plain(task.with_suffix(""))
     with progress_bar() as on_progress:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vistune.cli.chat import LanguageBase, SatRows, Template, TowerBase, origin_of
+from vistune.cli.chat import LanguageBase, SatRows, Template, TowerBase, WholeBase, origin_of
 
 
 class Target(StrEnum):
@@ -42,6 +42,7 @@ def export(
     template: Template = None,
     vision_tower: TowerBase = None,
     language_model: LanguageBase = None,
+    base_model: WholeBase = None,
     sat_qkv: SatRows = None,
 ) -> None:
     """Merge adapters and write the model for transformers, PEFT or vistune itself."""
@@ -52,7 +53,7 @@ def export(
         to=to.value,
         output=output,
         overwrite=overwrite,
-        origin=origin_of(template, vision_tower, language_model, sat_qkv),
+        origin=origin_of(template, vision_tower, language_model, base_model, sat_qkv),
     )
     print(f"written: {written}")
     line = next_step(run, to=to.value, output=written)

@@ -122,6 +122,9 @@ class BasesConfig(Section):
     left out. Also for an original LLaVA, whose config names its encoder."""
     language_model: str | None = None
     """Local directory or hub id of the language model; likewise."""
+    model: str | None = None
+    """Where the whole model is now that a run was trained from (its `from_checkpoint`), if it was
+    moved."""
 
 
 class ModelConfig(Section):

@@ -119,11 +119,12 @@ def bases_of(path: Path, bases: BasesConfig) -> BasesConfig:
 
 
 def _require_a_place(bases: BasesConfig, layout: Layout | None) -> None:
-    if layout is not llava_original or bases.language_model is not None:
+    given = bases.language_model or bases.model
+    if layout is not llava_original or given is not None:
         raise ModelError(
             "this directory holds the whole model, so it stands on no other",
             where="model.bases",
-            got=bases.language_model or bases.vision_tower,
+            got=given or bases.vision_tower,
             fix="leave model.bases out",
         )
 
