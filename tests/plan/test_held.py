@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "native"))
@@ -103,3 +104,22 @@ def test_the_command_predicts_the_others(tmp_path: Path) -> None:
     assert "batch.max_tokens 32,768" in done.output and "peak:" in done.output
     # Four patches of 4 x 4 pixels behind a token, in a row full of images.
     assert "patches" in done.output and "train.checkpoint_layers 0 of 3" in done.output
+
+
+def test_images_of_the_longest_row_are_counted(tmp_path: Path) -> None:
+    rows = []
+    for number, side in enumerate((16, 64, 32)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a" * 5}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    source = {"path": str(tmp_path / "d.json"), "images": str(tmp_path)}
+    one = recipe(
+        write_native("qwen2_vl", tmp_path / "model"),
+        data={"train": [source], "workers": 0},
+        batch={"samples": 1, "max_tokens": "auto"},
+    )
+    made = make_plan(one, device="h200", read_data=True)
+    # 64 pixels become 4 x 4 tokens of 4 patches, and the marks around them count as tokens too.
+    assert made.from_data and made.row.num_patches == 4 * (4 * 4 + 2)
+    assert made.row.num_pairs == made.row.num_tokens**2 and made.row_tflop is not None

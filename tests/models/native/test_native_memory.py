@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from native_dirs import KINDS, write_native
 from vistune.assembly import load_assembled
 from vistune.data.collate import pack_row
 from vistune.errors import ModelError
+from vistune.models.budget import Room
 from vistune.models.kept import LiveBytes
 from vistune.models.memory import WORKSPACE_BYTES, RowSize
 from vistune.models.modes import let_layers_recompute, set_training_mode
@@ -26,7 +28,7 @@ from vistune.models.native_memory import NativeMemory, native_memory, why_not_pr
 from vistune.models.native_passes import num_patches
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import apply_tuning
-from vistune.recipe import TrainConfig, TuneConfig
+from vistune.recipe import Recipe, TrainConfig, TuneConfig
 from vistune.train.step import LossModule
 from vistune.types import Batch, Sample, Turn
 
@@ -172,3 +174,43 @@ def test_squared_patches_count_where_images_are_told_apart_by_a_mask(folders: Pa
     tune = TuneConfig.model_validate(TUNES["full"])
     masked, apart = (planned(folder_of(folders, k), tune) for k in ("pixtral", "qwen2_vl"))
     assert masked.patch_pair.kept >= 4 and apart.patch_pair.kept == 0
+
+
+def room_of(folder: Path, memory_gib: float, **batch: Any) -> tuple[Room, Recipe]:
+    recipe = Recipe.model_validate(
+        {
+            "name": "t",
+            "model": {"from_checkpoint": str(folder)},
+            "data": {"train": [{"path": "d.json"}]},
+            "tune": TUNES["frozen"],
+            "batch": {"samples": 4, "max_tokens": "auto", **batch},
+            "train": {"steps": 1, "checkpoint_layers": "auto"},
+        }
+    )
+    facts = describe_native(folder)
+    made = Room.of(
+        recipe, recipe.model, facts, dtype=torch.bfloat16, kind="cuda", memory_gib=memory_gib
+    )
+    return made, recipe
+
+
+def test_auto_chooses_by_the_prediction(folders: Path) -> None:
+    folder = folder_of(folders, "qwen2_5_vl")
+    roomy, recipe = room_of(folder, 80.0)
+    chosen = roomy.settle(recipe)
+    assert (chosen.max_tokens, chosen.checkpoint_layers, chosen.fits) == (32768, 0, True)
+    fullest = roomy.fullest(8192)
+    # 256 tokens of 4 patches for every image, and 24 of text.
+    assert fullest.num_images == 30 and fullest.num_patches == 4 * 30 * 256
+    full = roomy.memory.predict(fullest).peak
+    assert full > roomy.memory.predict(replace(fullest, num_patches=0)).peak
+    tight = replace(roomy, memory_gib=(full / 2**30 + 0.8) / 0.94)
+    assert 8192 - 512 <= tight.settle(recipe).max_tokens <= 8192
+
+
+def test_advice_counts_the_patches_of_the_row_at_hand(folders: Path) -> None:
+    room, _ = room_of(folder_of(folders, "qwen2_5_vl"), 80.0)
+    row = row_of(load_assembled(folder_of(folders, "qwen2_5_vl")).encoder)
+    assert room.advice([row]).startswith("train.checkpoint_layers=0 is predicted")
+    small = replace(room, memory_gib=0.9)
+    assert "Even with every layer recomputed" in small.advice([row])
