@@ -13,7 +13,7 @@ from test_loop import LORA, QUIET, losses, resolved
 from vistune.assembly import Origin, load_assembled
 from vistune.errors import CheckpointError
 from vistune.export import export_model
-from vistune.recipe import BasesConfig
+from vistune.recipe import BasesConfig, Recipe, ResolvedRecipe
 from vistune.train import train
 from vistune.types import Turn
 
@@ -95,6 +95,32 @@ def test_a_run_goes_on_and_answers_by_its_own_configs_and_tokenizer(moved_tiny, 
     # Nothing written down names a place that is gone.
     for file in (tmp_path / "further").rglob("*.json"):
         assert "vistune-" not in file.read_text(), file
+
+
+def test_a_run_whose_base_was_moved_goes_on(moved_tiny, tmp_path):
+    train(resolved(moved_tiny, tmp_path / "whole", tune=LORA), console=QUIET)
+    first = resolved(moved_tiny, tmp_path / "r", tune=LORA, save={"every_steps": 3})
+    (train(first, console=QUIET).checkpoint / "COMPLETE").unlink()
+    shutil.move(moved_tiny / "llama", moved_tiny / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model\.language_model\.path with --resume"):
+        train(first, resume=True, console=QUIET)
+    tree = first.recipe.model_dump(mode="json")
+    for place, weights in (("clip", "were changed since"), ("elsewhere", None)):
+        tree["model"]["language_model"]["path"] = str(moved_tiny / place)
+        now = ResolvedRecipe(recipe=Recipe.model_validate(tree), sources={}, origin="test")
+        if weights is None:
+            train(now, resume=True, console=QUIET)
+        else:
+            with pytest.raises(CheckpointError, match=weights):
+                train(now, resume=True, console=QUIET)
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+    # From here on the run knows where it is.
+    train(now, resume=True, console=QUIET)
+    assert torch.equal(logits(tmp_path / "r"), logits_of(tmp_path / "whole", moved_tiny))
+
+
+def logits_of(run: Path, folder: Path) -> torch.Tensor:
+    return logits(run, Origin(BasesConfig(language_model=str(folder / "elsewhere"))))
 
 
 def test_a_moved_base_is_named_anew_and_must_be_the_same(moved_tiny, tmp_path):

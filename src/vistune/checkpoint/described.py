@@ -194,9 +194,10 @@ def _way_back(role: str) -> str:
     if key is None:
         return f"{back}, or leave a link to it there"
     flag = "base-model" if key == "model" else key.replace("_", "-")
+    resumed = f"model.{key}.path" if role in ("vision", "language") else f"model.bases.{key}"
     return (
-        f"{back}, or say where it is now: --{flag} of chat, eval and export,"
-        f" model.bases.{key} of a recipe that goes on from this"
+        f"{back}, or say where it is now: --{flag} of chat, eval and export, {resumed} with"
+        f" --resume, model.bases.{key} of a recipe that goes on from this"
     )
 
 

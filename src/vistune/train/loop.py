@@ -11,11 +11,11 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -37,7 +37,7 @@ from vistune.device import (
 from vistune.device.launch import Launch, launched
 from vistune.device.peak import measure_matmul_tflops
 from vistune.errors import DeviceError
-from vistune.recipe import ModelConfig, Recipe, ResolvedRecipe
+from vistune.recipe import BasesConfig, ModelConfig, Recipe, ResolvedRecipe
 from vistune.train import collector_paused
 from vistune.train.engine import set_up_engine
 from vistune.train.failures import load_fix, out_of_memory_explained
@@ -183,10 +183,31 @@ def _blueprint(recipe: Recipe, opened: OpenRun) -> Blueprint:
     if opened.checkpoint is None:
         return draw(recipe)
     manifest = read_manifest(opened.checkpoint)
-    if manifest.parts is not None:
-        require_same_parts(manifest.part_fingerprints, manifest.parts, where=opened.checkpoint)
-    here = ModelConfig(from_checkpoint=str(opened.checkpoint))
-    return draw(recipe.model_copy(update={"model": here}))
+    bases = _moved_bases(recipe.model, manifest.recipe.get("model", {}))
+    here = ModelConfig(from_checkpoint=str(opened.checkpoint), bases=bases)
+    blueprint = draw(recipe.model_copy(update={"model": here}))
+    # Before anything is loaded.
+    require_same_parts(manifest.part_fingerprints, blueprint.sources, where=opened.checkpoint)
+    return blueprint
+
+
+def _moved_bases(now: ModelConfig, before: Mapping[str, Any]) -> BasesConfig:
+    """Returns what a resumed run's recipe says of where the parts are that it did not say before.
+
+    What it says still is left to the checkpoint, which names its parts from the root.
+    """
+
+    values = now.model_dump(mode="json")
+
+    def other(section: str, key: str) -> str | None:
+        value: str | None = (values[section] or {}).get(key)
+        return value if value != (before.get(section) or {}).get(key) else None
+
+    return BasesConfig(
+        vision_tower=other("bases", "vision_tower") or other("vision_tower", "path"),
+        language_model=other("bases", "language_model") or other("language_model", "path"),
+        model=other("bases", "model"),
+    )
 
 
 def _data(

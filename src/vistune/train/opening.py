@@ -32,6 +32,9 @@ FREE_KEYS = (
     "description",
     "run_dir",
     "device",
+    "model.vision_tower.path",
+    "model.language_model.path",
+    "model.bases",
     "data.workers",
     "data.max_dropped_frac",
     "train.threads",
@@ -44,8 +47,8 @@ FREE_KEYS = (
     "log",
     "sample",
 )
-"""Keys that may differ on resume: they change what is written, where it runs, how fast or when it
-gives up, and not what is learnt."""
+"""Keys that may differ on resume: they change what is written, where it runs, where unchanged
+parts lie, how fast or when it gives up, and not what is learnt."""
 
 LENGTH_KEYS = ("train.steps", "train.epochs")
 """Keys that may differ on resume as long as the learning rate is the same either way: a constant
