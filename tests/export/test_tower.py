@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import PREPROCESSOR, text_config, tokenizer, vision_model
 from torch import Tensor
 
-from vistune.assembly import load_assembled
+from vistune.assembly import Origin, load_assembled
 from vistune.checkpoint.layouts import llava_hf
+from vistune.errors import ModelError
 from vistune.export import export_model
+from vistune.recipe import BasesConfig
 
 
 def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -97,3 +99,38 @@ def test_the_sentencepiece_file_goes_along(tmp_path: Path) -> None:
     coders = [load_assembled(folder).encoder for folder in (source, out)]
     first, second = (coder.tokenizer.encode("Is it?\nA  cat.") for coder in coders)
     assert first == second and coders[0].tokenizer.convert_ids_to_tokens(first)[1] == "▁I"
+
+
+def test_from_transformers_to_the_original_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    config = transformers.LlavaConfig(
+        vision_config=vision_model("clip").config,
+        text_config=text_config("llama"),
+        image_token_index=259,
+        vision_feature_layer=-2,
+    )
+    theirs = transformers.LlavaForConditionalGeneration(config).bfloat16()
+    source, encoder = tmp_path / "hf", tmp_path / "encoder"
+    theirs.save_pretrained(source)
+    tokenizer(image_token=True).save_pretrained(source)
+    vision_model("clip").save_pretrained(encoder)
+    for folder in (source, encoder):
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    with pytest.raises(ModelError, match="--vision-tower"):
+        export_model(source, to="llava", output=tmp_path / "llava")
+    named = Origin(bases=BasesConfig(vision_tower=str(encoder)))
+    out = export_model(source, to="llava", output=tmp_path / "llava", origin=named)
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["mm_vision_tower"], settings["mm_vision_select_layer"]) == (str(encoder), -2)
+    again = export_model(out, to="hf", output=tmp_path / "again")
+    found, expected = (
+        {llava_hf.to_composed(n): t for n, t in load_file(d / "model.safetensors").items()}
+        for d in (again, source)
+    )
+    same_bits(found, expected)
+    # Vistune's own directory holds of the encoder what the model uses of it.
+    whole = export_model(source, to="vistune", output=tmp_path / "whole")
+    cut = export_model(whole, to="llava", output=tmp_path / "cut", origin=named)
+    of_cut, of_whole = (load_file(d / "model.safetensors") for d in (cut, out))
+    assert of_cut.keys() < of_whole.keys()
+    assert all(torch.equal(of_whole[name], tensor) for name, tensor in of_cut.items())

@@ -86,7 +86,9 @@ def write_llava(
             "this model cannot be written in the original LLaVA's layout",
             got="; ".join(wrong) or "a model that does not say which encoder its tower is",
             expected="CLIP, a projector, and Llama or Mistral; built from model.vision_tower.path",
-            fix="export with --to hf or --to vistune",
+            fix="export with --to hf or --to vistune"
+            if wrong
+            else "name the encoder with --vision-tower",
         )
     whole = read_vision_config(VisionTowerConfig(path=tower_path))
     kept = int(model.config.vision_config.num_hidden_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from vistune.assembly import (
     load_assembled,
 )
 from vistune.checkpoint.files import INHERITED_NAME
+from vistune.checkpoint.layouts import llava_hf, vistune_model
 from vistune.checkpoint.load import resolve_checkpoint
 from vistune.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from vistune.data.encode import Encoder
@@ -90,6 +92,10 @@ def export_model(
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     origin = origin or Origin()
+    encoder = origin.bases.vision_tower
+    if to == "llava" and encoder is not None and _holds_its_tower(folder, manifest):
+        # It stands on no other; the layout alone has to name one.
+        origin = replace(origin, bases=origin.bases.model_copy(update={"vision_tower": None}))
     blueprint = draw_directory(folder, origin)
     for note in blueprint.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -107,8 +113,26 @@ def export_model(
             return output
         found = load_assembled(folder, dtype=dtype, origin=origin)
         whole = _manifest_of_whole(manifest, found.encoder, folder)
-        _write_merged(found, whole, blueprint, target, to=to, dtype=dtype, verify=verify)
+        if to in ("hf", "llava") and isinstance(found.model, ComposedVLM):
+            tower_path = _tower_path(blueprint.parts) or encoder
+            _write_llava_kind(
+                found, whole, blueprint, target, to=to, tower_path=tower_path, verify=verify
+            )
+        else:
+            _write_merged(found, whole, blueprint, target, to=to, dtype=dtype, verify=verify)
     return output
+
+
+def _holds_its_tower(folder: Path, manifest: Manifest | None) -> bool:
+    """Whether a model comes from a directory that holds its tower and names no encoder."""
+    whole: Path | None = folder
+    if manifest is not None and manifest.parts is not None:
+        named = manifest.parts.from_checkpoint
+        whole = None if named is None else Path(named)
+    if whole is None or not (whole / "config.json").is_file():
+        return False
+    values = read_json(whole / "config.json")
+    return llava_hf.matches(values) or vistune_model.matches(values)
 
 
 def _write_merged(
@@ -131,10 +155,9 @@ def _write_merged(
             _check_same(compare_native(model, encoder, target), model, where=found.origin)
     elif to == "vistune":
         write_vistune(model, encoder, whole, target)
-    elif to == "native" or to == "sat":
-        write_family(model, encoder, whole, target, to=to, dtype=dtype, origin=stands_on)
     else:
-        _write_llava_kind(found, whole, blueprint, target, to=to, verify=verify)
+        assert to in ("native", "sat")
+        write_family(model, encoder, whole, target, to=to, dtype=dtype, origin=stands_on)
 
 
 def _write_llava_kind(
@@ -144,6 +167,7 @@ def _write_llava_kind(
     target: Path,
     *,
     to: Target,
+    tower_path: str | None,
     verify: bool,
 ) -> None:
     """Writes transformers' LLaVA or the original one, which only composed models can be."""
@@ -153,7 +177,6 @@ def _write_llava_kind(
     # What does not fit is said before the encoder is read once more.
     tower = None if wrong else whole_tower(model, blueprint.sources)
     if to == "llava":
-        tower_path = _tower_path(blueprint.parts)
         write_llava(
             model,
             found.encoder,
