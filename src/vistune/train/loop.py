@@ -196,7 +196,6 @@ def _moved_bases(now: ModelConfig, before: Mapping[str, Any]) -> BasesConfig:
 
     What it says still is left to the checkpoint, which names its parts from the root.
     """
-
     values = now.model_dump(mode="json")
 
     def other(section: str, key: str) -> str | None:
