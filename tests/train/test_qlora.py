@@ -91,6 +91,27 @@ def test_tower_and_language_model_are_held_in_formats_of_their_own(tiny, wide, t
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_sample_answers_leave_gradients_through_rounded_layers_alone(tiny, wide, tmp_path, form):
+    # On CPUs with AVX512-BF16 a pass without gradients once turned later products into ones that
+    # have no backward pass: the connector's gradient was 0.0, and nothing said so.
+    pytest.importorskip("bitsandbytes")
+    image = str(next((tiny / "images").iterdir()))
+    asked = {"prompts": ["What?"], "images": [image], "max_new_tokens": 2, "every_steps": 1}
+    for which, sample in (("a", {}), ("b", asked)):
+        tree = qlora(tiny, tmp_path / which, form, wide).recipe.model_dump(mode="json")
+        tree["tune"] = {
+            "connector": {"mode": "full"},
+            "vision": {"mode": "lora", "rank": 2, "frozen_format": form},
+            "language": {"mode": "freeze", "frozen_format": form},
+        }
+        tree["train"]["checkpoint_tower_layers"] = 2
+        tree["sample"] |= sample
+        train(ResolvedRecipe(Recipe.model_validate(tree), {}, "test"), console=QUIET)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert all(norm > 0 for _, _, norm in losses(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_answers_come_from_adapters_merged_into_unrounded_weights(tiny, wide, tmp_path, form):
     pytest.importorskip("bitsandbytes")
     from vistune.assembly import load_assembled

@@ -152,6 +152,10 @@ def _rounded(
         held = kinds.Linear4bit(
             *shape, bias=has_bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=True
         )
+        # On CPUs with AVX512-BF16 the package lays weights out anew at the first pass without
+        # gradients (a sample answer), and from then on its products have no backward pass: what
+        # trains before the layer would silently get none (bitsandbytes 0.50, `Linear4bit.forward`).
+        held.support_avx512bf16_for_cpu = False
         held.weight = kinds.Params4bit(
             weight,
             requires_grad=False,
