@@ -113,6 +113,7 @@ class Assembled:
         origin: What it was loaded from.
         manifest: The description found there; None for a directory of another project.
         notes: What a person should know of it, one sentence each.
+        view: Where the tokenizer was read from; some read their files again when they are saved.
     """
 
     model: WholeModel
@@ -120,6 +121,7 @@ class Assembled:
     origin: Path
     manifest: Manifest | None = None
     notes: tuple[str, ...] = ()
+    view: PartsView | None = None
 
 
 def draw(recipe: Recipe) -> Blueprint:
@@ -490,4 +492,4 @@ def load_assembled(
     seed = read_manifest(folder).seed if has_manifest else 0
     model = build(blueprint, seed=seed, dtype=dtype).to(device=device, dtype=dtype).eval()
     manifest = read_manifest(folder) if has_manifest else None
-    return Assembled(model, blueprint.encoder, folder, manifest, blueprint.notes)
+    return Assembled(model, blueprint.encoder, folder, manifest, blueprint.notes, blueprint.view)
