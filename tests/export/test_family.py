@@ -15,7 +15,7 @@ OTHERS = {
     "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"},
     "mm_vision_tower": "model_zoo/OpenAI/clip-vit-large-patch14-336",
     "tokenizer_type": "somebody/some-model",
-    "quantization_config": {"load_in_4bit": True},
+    "quantization_config": None,
 }
 CONFIGS = {"visualglm-sat": "model_config.json"}
 
@@ -33,7 +33,7 @@ def test_settings_and_code_of_the_public_directory_are_kept(tmp_path: Path, kind
     (source / "generation_config.json").write_text('{"temperature": 0.6}')
     out = export_model(source, to=to, output=tmp_path / "out")  # type: ignore[arg-type]
     written = json.loads((out / name).read_text())
-    assert {key: written.get(key) for key in OTHERS} == {**OTHERS, "quantization_config": None}
+    assert {key: written.get(key) for key in OTHERS} == OTHERS
     assert {key: written[key] for key in own if key != "torch_dtype"} == {
         key: value for key, value in own.items() if key != "torch_dtype"
     }

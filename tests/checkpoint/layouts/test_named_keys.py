@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vistune.assembly import load_assembled
 from vistune.checkpoint.layouts import describe_directory, load_directory
-from vistune.errors import VistuneError, WeightsError
+from vistune.errors import ModelError, VistuneError, WeightsError
 from vistune.export import export_model
 from vistune.models.families.internlm2 import load_internlm2
 from vistune.models.families.visualglm import read_sat_tensors
@@ -114,6 +115,23 @@ def test_every_key_is_named_as_it_is_written(shelf: Path, kind: str, key: str) -
     if tensor.shape[0] > 1:
         assert key in opened.error_with({**opened.weights, key: tensor[:-1].clone()})
     assert f"{key}.more" in opened.error_with({**opened.weights, f"{key}.more": torch.ones(2)})
+
+
+@pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b", "internlm2"])
+def test_quantised_directories_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "any name"
+    if kind == "internlm2":
+        shutil.copytree(PARITY / kind, folder)
+    else:
+        write_family(kind, folder)
+    file = folder / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(ModelError, match=r"bitsandbytes(.|\n)*frozen_format"):
+        if kind == "internlm2":
+            load_internlm2(folder, torch.float32)
+        else:
+            load_assembled(folder)
 
 
 def test_a_tied_head_that_is_written_out_is_accounted_for(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Returns a model directory's `config.json`.
 
     Raises:
-        ModelError: The file is missing or is not a JSON object.
+        ModelError: The file is missing, is not a JSON object, or says that the weights are stored
+            quantised.
     """
     path = directory / CONFIG_NAME
     try:
@@ -46,6 +47,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(
             "the model's config is not a JSON object", where=str(path), got=type(config).__name__
+        )
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            "the weights are stored quantised, which only their own format's code reads",
+            where=f"{path}: quantization_config",
+            got=method or quantised,
+            expected="weights in bf16, fp16 or fp32",
+            fix="take the model's unquantised directory; tune.language.frozen_format=nf4 holds it"
+            " in 4 bits while it trains",
         )
     return config
 
