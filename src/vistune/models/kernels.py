@@ -157,6 +157,7 @@ def install_kernels(
     fused: bool,
     device: torch.device,
     ops: Ops | None = None,
+    trial: bool = True,
 ) -> InstalledKernels:
     """Replaces a language model's norms and gates, where that is wanted and possible.
 
@@ -166,6 +167,7 @@ def install_kernels(
         fused: Whether the decoder's layers run fused, which brings kernels of our own.
         device: Where it runs.
         ops: The kernels; liger's when left out.
+        trial: Try each kind of replacement beside the original; not for a model without numbers.
 
     Raises:
         ModelError: They are asked for, and the layers run fused or have nothing to replace.
@@ -176,7 +178,9 @@ def install_kernels(
     if obstacle is not None:
         return InstalledKernels("torch", obstacle)
     assert isinstance(model, nn.Module)
-    replaced, refused = _replace(model, model.module_map.prefixes("language"), ops or LigerOps())
+    replaced, refused = _replace(
+        model, model.module_map.prefixes("language"), ops or LigerOps(), trial=trial
+    )
     if not replaced:
         if wanted == "liger":
             raise ModelError(
@@ -239,8 +243,13 @@ def _has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+def has_liger() -> bool:
+    """Whether liger-kernel is installed; imports nothing."""
+    return find_spec("liger_kernel") is not None
+
+
 def _replace(
-    model: nn.Module, prefixes: tuple[str, ...], ops: Ops
+    model: nn.Module, prefixes: tuple[str, ...], ops: Ops, *, trial: bool
 ) -> tuple[Counter[str], Counter[str]]:
     """Replaces what passes its trial; returns what was replaced and what was not, by class."""
     replaced: Counter[str] = Counter()
@@ -255,7 +264,7 @@ def _replace(
         # Layers of a class are alike: each class is tried once, trained and frozen apart.
         key = (kind, any(p.requires_grad for p in module.parameters()))
         if key not in passed:
-            passed[key] = _agrees(module, made)
+            passed[key] = not trial or _agrees(module, made)
         if not passed[key]:
             refused[kind] += 1
             continue

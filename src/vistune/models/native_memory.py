@@ -18,12 +18,13 @@ from vistune.device.attention import AttentionNeeds, AttentionSupport, choose_at
 from vistune.errors import ModelError
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
+from vistune.models.kernels import has_liger, install_kernels
 from vistune.models.memory import WORKSPACE_BYTES, Prediction, RoleBytes, RowSize
 from vistune.models.modes import let_layers_recompute, set_training_mode
 from vistune.models.native import NativeVLM, native_skeleton
 from vistune.models.native.describe import family_of
 from vistune.models.native_amounts import Amounts, added_bytes, layer_amounts, outside_amounts
-from vistune.models.native_passes import MadeImage, head_pass, stand_in_kernels
+from vistune.models.native_passes import MadeImage, head_pass
 from vistune.models.native_weights import (
     PassingBytes,
     head_passing,
@@ -32,6 +33,7 @@ from vistune.models.native_weights import (
 )
 from vistune.models.offload import IN_FLIGHT
 from vistune.models.recompute import decoder_layers, set_checkpoint_layers
+from vistune.models.stand_ins import CountedOps, stand_in_kernels
 from vistune.models.tune import apply_tuning
 from vistune.recipe import TrainConfig, TuneConfig
 from vistune.recipe.sizes import LOGITS_PER_CHUNK, visiting_optimizer_bytes
@@ -217,13 +219,18 @@ def native_memory(
     with torch.device("meta"):
         model = native_skeleton(facts).to(dtype)
         apply_tuning(model, tune, seed=0)
+    work = work_of(model, tune)
     set_training_mode(model, tune, model.module_map)
     if kind != "cpu":
         stand_in_kernels(model, repeats=_repeats(model, train, dtype=dtype, kind=kind))
+    if train.kernels == "liger" or (train.kernels == "auto" and kind == "cuda" and has_liger()):
+        install_kernels(
+            model, wanted=train.kernels, fused=False, device=torch.device(kind), ops=CountedOps(),
+            trial=False,
+        )  # fmt: skip
     if train.checkpoint_tower_layers:
         set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
         let_layers_recompute(model)
-    work = work_of(model, tune)
     layers = decoder_layers(model)
     roles = role_bytes(model, tune=tune, train=train, dtype=dtype)
     image = MadeImage.of(model)

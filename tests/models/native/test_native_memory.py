@@ -146,7 +146,7 @@ def test_recomputed_blocks_of_a_tower_keep_less(folders: Path) -> None:
     assert again.layer == plain.layer
 
 
-@pytest.mark.parametrize("kind", sorted(REFUSED))
+@pytest.mark.parametrize("kind", sorted(REFUSED & set(KINDS)))
 def test_what_is_not_predicted_says_why(folders: Path, kind: str) -> None:
     facts = describe_native(folder_of(folders, kind))
     reason = why_not_predicted(facts.whole_config)
@@ -168,6 +168,15 @@ def test_a_gpu_keeps_no_copies_of_samples(folders: Path) -> None:
     trained = sum(role.gradients for role in on_gpu.roles.values()) // 4
     casts = sum(role.casts for role in on_gpu.roles.values())
     assert 0.8 * 2 * trained < casts <= 2 * trained
+
+
+def test_kernels_that_replace_norms_and_gates_keep_less(folders: Path) -> None:
+    folder, tune = folder_of(folders, "qwen2_5_vl"), TuneConfig.model_validate(TUNES["frozen"])
+    plain, fewer = (planned(folder, tune, kernels=name) for name in ("torch", "liger"))
+    # A gate keeps its two inputs, but not the 64 numbers between; and none is made on the way back.
+    assert fewer.layer.kept <= plain.layer.kept - 4 * 64
+    assert fewer.layer.backward <= plain.layer.backward - 4 * 64
+    assert fewer.patch.kept == pytest.approx(plain.patch.kept)
 
 
 def test_squared_patches_count_where_images_are_told_apart_by_a_mask(folders: Path) -> None:
