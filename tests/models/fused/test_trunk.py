@@ -32,6 +32,7 @@ SIZES = {
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral_window": MistralConfig(**SIZES, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES),
     "gemma": GemmaConfig(**SIZES),
     "gemma with erf": GemmaConfig(**SIZES, hidden_act="gelu"),
