@@ -28,6 +28,7 @@ from vistune.errors import VistuneError
 from vistune.models.attention.install import install_attention
 from vistune.models.budget import usable_bytes
 from vistune.models.facts import ModelFacts
+from vistune.models.kernels import has_liger, install_kernels
 from vistune.models.memory import RowSize
 from vistune.models.modes import let_layers_recompute, set_training_mode
 from vistune.models.native import NATIVE, NativeVLM, native_skeleton
@@ -189,10 +190,12 @@ class Row:
     layers: int = 0
     tower_layers: int = 0
     vision: str = "freeze"
+    kernels: str = "torch"
 
     @property
     def name(self) -> str:
         extra = f" recompute {self.layers}" if self.layers else ""
+        extra += f" {self.kernels}" if self.kernels != "torch" else ""
         extra += f" tower {self.vision}" if self.vision != "freeze" else ""
         extra += f" tower recompute {self.tower_layers}" if self.tower_layers else ""
         return f"{self.model} {self.mode} {self.tokens}{extra}"
@@ -219,6 +222,7 @@ ROWS = (
     Row("qwen2.5-vl-7b", "lora", 16384, layers=28),
     Row("qwen2.5-vl-7b", "frozen", 12288),
     Row("qwen2.5-vl-3b", "lora", 12288),
+    Row("qwen2.5-vl-3b", "lora", 12288, kernels="liger"),
     Row("qwen2.5-vl-3b", "full", 8192),
     Row("qwen2.5-vl-3b", "full", 16384, layers=36),
     Row("qwen2.5-vl-3b", "lora", 8192, vision="full"),
@@ -230,6 +234,7 @@ ROWS = (
     Row("smolvlm-2.2b", "lora", 12288),
     Row("smolvlm-2.2b", "full", 8192, layers=12),
     Row("gemma3-4b", "lora", 8192),
+    Row("gemma3-4b", "lora", 8192, kernels="liger"),
     Row("gemma3-4b", "frozen", 12288),
 )
 
@@ -338,7 +343,13 @@ def run(
     facts = facts_of(case, tiny=tiny)
     depth = int(facts.text_config.num_hidden_layers)
     layers = min(case.layers, depth)
-    train = TrainConfig.model_validate({"steps": 2, "checkpoint_tower_layers": case.tower_layers})
+    train = TrainConfig.model_validate(
+        {
+            "steps": 2,
+            "checkpoint_tower_layers": case.tower_layers,
+            "kernels": case.kernels,
+        }
+    )
     started_s = time.perf_counter()
     memory = native_memory(facts, tune=case.tune, train=train, dtype=dtype, kind=kind)
     planning_s = time.perf_counter() - started_s
@@ -415,7 +426,7 @@ def run_steps(
     """Runs optimizer steps on one row.
 
     Returns:
-        The steps' times in seconds without the first one, what attention runs as, and the peaks
+        The steps' times in seconds without the first one, what attention and kernels run as, and the peaks
         of the passes and of the update in GiB beside whether the loss was finite.
     """
     tune = tuning.tune
@@ -431,6 +442,7 @@ def run_steps(
         device=device,
         drops_weights=tune.language.mode != "freeze",
     )
+    kernels = install_kernels(model, wanted=train.kernels, fused=False, device=device)
     gc.collect()
     on_gpu = device.type == "cuda"
     peaks: dict[str, Any] = {}
@@ -462,7 +474,7 @@ def run_steps(
             torch.cuda.synchronize()
             peaks["standing_gib"] = round(torch.cuda.memory_allocated() / 2**30, 3)
         times.append(time.perf_counter() - started_s)
-    return times[1:], f"{attention.language.name}; {attention.vision.name}", peaks
+    return times[1:], f"{attention.language.name}; {attention.vision.name}; {kernels}", peaks
 
 
 def main() -> None:
@@ -481,6 +493,9 @@ def main() -> None:
             continue
         if time.perf_counter() - started_s > args.limit_s:
             print(f"no time left for {case.name}")
+            continue
+        if case.kernels == "liger" and not args.predict and (args.tiny or not has_liger()):
+            print(f"left out, liger-kernel does not run here: {case.name}")
             continue
         try:
             made = run(
