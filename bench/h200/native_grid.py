@@ -426,8 +426,8 @@ def run_steps(
     """Runs optimizer steps on one row.
 
     Returns:
-        The steps' times in seconds without the first one, what attention and kernels run as, and the peaks
-        of the passes and of the update in GiB beside whether the loss was finite.
+        The steps' times in seconds without the first one, what attention and kernels run as, and
+        the peaks of the passes and of the update in GiB beside whether the loss was finite.
     """
     tune = tuning.tune
     set_training_mode(model, tune, model.module_map)
