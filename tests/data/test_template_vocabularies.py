@@ -6,17 +6,22 @@ Needs `python tests/data/public_vocabularies.py` once; skipped where the cache d
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_helpers import make_encoder
 from public_vocabularies import VOCABULARIES, folder_of
+from tokenizers import Tokenizer
 
 from vistune.data.count import TokenCounter
 from vistune.data.encode import Encoder
 from vistune.data.template import Segment, template_of
+from vistune.models.facts import load_tokenizer
 from vistune.types import Turn
 
 TEMPLATES_OF = {
@@ -149,3 +154,23 @@ def test_the_named_template_of_internlm2_is_its_own() -> None:
     own = make_encoder(template_of(tokenizer), tokenizer).tokenise_turns(talk, [])
     assert named.ids.tolist() == own.ids.tolist()
     assert named.mask.tolist() == own.mask.tolist()
+
+
+def test_a_directory_gives_the_ids_its_file_states(tmp_path: Path) -> None:
+    folder = folder_of("llama2")
+    if folder is None:
+        pytest.skip("no vocabulary of llama2: python tests/data/public_vocabularies.py")
+    stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for model_type in ("llama", "llava", "mistral"):
+        made = tmp_path / model_type
+        shutil.copytree(folder, made)
+        (made / "config.json").write_text(json.dumps({"model_type": model_type}))
+        tokenizer, _ = load_tokenizer(str(made), key="test")
+        for text in (
+            " lead",
+            "a    b",
+            "USER: What?  ASSISTANT:",
+            "def f(x):\n    return",
+            "你好 😀",
+        ):
+            assert tokenizer.encode(text) == stated.encode(text).ids

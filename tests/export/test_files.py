@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_parts import parts
+from tiny_parts import parts, tokenizer
+from transformers import AutoTokenizer
 
 from vistune.errors import CheckpointError
-from vistune.export.files import new_directory, write_weights
+from vistune.export.files import name_class, new_directory, write_weights
 from vistune.models.build import build_model
 from vistune.models.facts import describe
 
@@ -49,3 +51,13 @@ def test_a_failure_leaves_nothing_and_nothing_is_replaced_unasked(tmp_path: Path
     with new_directory(out, overwrite=True) as folder:
         (folder / "new").touch()
     assert [path.name for path in out.iterdir()] == ["new"]
+
+
+def test_a_tokenizers_class_is_one_that_older_versions_know(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.save_pretrained(tmp_path)
+    name_class(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.encode("a cat") == made.encode("a cat")

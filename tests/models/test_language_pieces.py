@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny_parts import write_tower
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from vistune.assembly import load_assembled
 from vistune.checkpoint.run_dir import RunDirectory
@@ -22,7 +23,7 @@ from vistune.errors import ModelError
 from vistune.export import export_model
 from vistune.generate import Prompt, generate
 from vistune.models.connectors import build_connector
-from vistune.models.facts import read_tokenizer
+from vistune.models.facts import load_tokenizer, read_tokenizer
 from vistune.models.language.pieces import fast_from_pieces
 from vistune.recipe import LanguageModelConfig, Recipe, ResolvedRecipe
 from vistune.train import train
@@ -174,3 +175,24 @@ def test_internlm2_is_an_ordinary_part(
     assert generate(again.model, again.encoder, prompts, max_new_tokens=4) == told
     state = trained.model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava"])
+def test_rules_of_a_tokenizer_file_are_not_made_anew(tmp_path: Path, model_type: str) -> None:
+    # No blank in front of a text, as in Yi's; transformers' class puts one there.
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "▁": 2, "▁a": 3}, merges=[("▁", "a")]))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer, _ = load_tokenizer(str(tmp_path), key="test")
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("aa a")) == ["a", "a", "▁a"]
+    # A begin of text that the settings alone state is put in front.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    tokenizer, _ = load_tokenizer(str(tmp_path), key="test")
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a a")) == ["<s>", "a", "▁a"]
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_tokenizer(str(tmp_path), key="test")

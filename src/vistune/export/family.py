@@ -21,7 +21,7 @@ from vistune.checkpoint.layouts.visualglm_sat import write_visualglm_sat
 from vistune.checkpoint.manifest import Manifest, write_manifest
 from vistune.data.encode import Encoder
 from vistune.errors import ModelError
-from vistune.export.files import write_json
+from vistune.export.files import name_class, write_json
 from vistune.models.chatglm.tokenizer import VOCABULARY_NAME
 from vistune.models.cogvlm2 import CogVLM2ForConditionalGeneration
 from vistune.models.facts import read_json
@@ -89,6 +89,7 @@ def write_family(
             fix="export with --to hf, --to llava, --to xtuner or --to vistune",
         )
     encoder.tokenizer.save_pretrained(folder)
+    name_class(folder)
     if origin is not None:
         _take_along(origin, folder)
     write_manifest(folder, manifest)

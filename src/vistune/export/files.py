@@ -123,4 +123,17 @@ def _anyres_values(layout: AnyresLayout) -> dict[str, Any]:
 def write_tokenizer(folder: Path, encoder: Encoder) -> None:
     """Writes tokenizer and preprocessor file."""
     encoder.tokenizer.save_pretrained(folder)
+    name_class(folder)
     write_json(folder / "preprocessor_config.json", image_processor_values(encoder))
+
+
+def name_class(folder: Path) -> None:
+    """Names a saved tokenizer's class so that transformers 4 knows it too.
+
+    Args:
+        folder: Holds what `save_pretrained` wrote.
+    """
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # its name since transformers 5
+        write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})

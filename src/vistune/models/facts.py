@@ -294,12 +294,11 @@ def load_tokenizer(path: str, *, key: str, **arguments: Any) -> tuple[Any, int]:
     """
     from transformers import AutoTokenizer
 
-    from vistune.models.language.pieces import fast_from_pieces, has_only_pieces
+    from vistune.models.language.pieces import own_tokenizer
 
-    folder = Path(path).expanduser()
-    if not arguments and has_only_pieces(folder):
-        tokenizer = fast_from_pieces(folder)
-        return tokenizer, image_token_of(tokenizer)
+    own = None if arguments else own_tokenizer(Path(path).expanduser())
+    if own is not None:
+        return own, image_token_of(own)
     try:
         with quiet_transformers():
             # Left out, transformers asks on the terminal whether to run a directory's own code.

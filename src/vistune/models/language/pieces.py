@@ -108,6 +108,41 @@ def _check(proto: Any, *, where: str) -> None:
         )
 
 
+def own_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """Reads a tokenizer of Llama's kind as its files state it, None for one of another kind.
+
+    Transformers' class makes the rules around the vocabulary anew instead: it puts a blank in front
+    of texts where `tokenizer.json` says there is none (Yi), and one too few where a text starts
+    with a blank (Llama-2).
+
+    Args:
+        folder: A model directory.
+
+    Raises:
+        ModelError: A file cannot be read, or is not what it should be.
+    """
+    if has_only_pieces(folder):
+        return fast_from_pieces(folder)
+    settings = _settings(folder, _SETTINGS_NAME)
+    if not (folder / _FAST_NAME).is_file() or settings.get("tokenizer_class") not in _CLASSES:
+        return None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # tokenizer files fail in many ways, all the user's to mend
+        raise ModelError(
+            "the tokenizer cannot be read", where=str(folder / _FAST_NAME), got=error
+        ) from error
+    backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token
+    if settings.get("add_bos_token") and bos and backend.encode("a").tokens[:1] != [bos]:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.bos_token_id)],
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
 def has_only_pieces(folder: Path) -> bool:
     """Whether a directory's tokenizer is Llama's and stands in its sentencepiece file alone.
 
