@@ -9,9 +9,10 @@ measure: two correct bf16 implementations differ by so much. Stage 2 goes on fro
 stage 1. Everything is an ordinary recipe; the curves are compared as `vistune compare runs` does.
 
 Learning rates are LLaVA's (1e-3 for 256 samples, 2e-4 for 128) scaled to the 32 samples of a step
-here. Both stages use a chat template, so that text comes first. Where a row begins with an image token,
-that token becomes the place where a pretrained model's attention drains to; the gradient through it
-can jump with any rounding forward, and two bf16 runs lie further apart than FP8 from either.
+here. Both stages use a chat template, so that text comes first. Where a row begins with an image
+token, that token becomes the place where a pretrained model's attention drains to; the gradient
+through it can jump with any rounding forward, and two bf16 runs lie further apart than FP8 from
+either.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from plan_grid import Case, draw_row, facts_of
 from vistune import _compat
 from vistune.models.memory import RowSize, memory_model
 from vistune.recipe import ConnectorConfig, ModelConfig, TrainConfig, TuneConfig
-from vistune.recipe.sizes import LOGITS_PER_CHUNK
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +75,7 @@ def test_whole_runs(entry):
 
 @pytest.mark.parametrize("entry", MEASURED["families"], ids=lambda e: e["row"])
 def test_families(entry, monkeypatch):
-    """MGM-2B: a small stand-in tokenizer made these runs take more logits at once than planned."""
+    """MGM-2B's two stages; the runs rehearsed their longest row."""
     monkeypatch.setattr(_compat, "varlen_repeats_groups", lambda: True)
     memory = memory_model(
         ModelConfig.model_construct(connector=ConnectorConfig()),
@@ -88,5 +87,4 @@ def test_families(entry, monkeypatch):
     )
     targets = entry["targets"]
     predicted = memory.predict(RowSize(entry["tokens"], entry["images"], targets, targets))
-    more_logits = entry["chunk"] * memory.vocabulary_size - LOGITS_PER_CHUNK
-    compare(entry["row"], predicted.peak_gib + 12 * more_logits / 2**30, entry["gib"])
+    compare(entry["row"], predicted.peak_gib, entry["gib"])
