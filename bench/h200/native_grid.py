@@ -239,11 +239,19 @@ ROWS = (
 )
 
 
-def facts_of(row: Row, *, tiny: bool) -> ModelFacts:
-    """Describes a model at its real size, or with two blocks of everything and narrow layers."""
+def facts_of(row: Row, *, tiny: bool, untied: bool = False) -> ModelFacts:
+    """Describes a model at its real size, or with a few narrow blocks.
+
+    Args:
+        row: Says which model.
+        tiny: Shrink it.
+        untied: Give it a head of its own where the published one is tied to the embeddings.
+    """
     from transformers import AutoConfig
 
     values = json.loads(json.dumps(CONFIGS[row.model]))
+    if untied:
+        values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = False
     if tiny:
         _shrink(values)
     config = AutoConfig.for_model(**values)
@@ -404,6 +412,8 @@ def build(facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Nat
     finally:
         torch.set_default_dtype(before)
     model.to(dtype)
+    # What builds without drawing weights leaves a tied head a weight of its own.
+    model.inner.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.02)

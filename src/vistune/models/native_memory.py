@@ -40,6 +40,7 @@ from vistune.recipe.sizes import LOGITS_PER_CHUNK, visiting_optimizer_bytes
 from vistune.types import RoleName
 
 _TARGETS = (256, 512)
+_WITH_GRADIENTS = frozenset({"first layer", "embeddings", "tower", "update"})
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class NativeMemory:
         chunk_targets: Targets of which logits are held at once.
         of_layer: Made of one layer's weights.
         of_head: Made of the output head's weights.
+        table: Bytes of the gradients of the embedding table, where it trains.
+        tied: Whether that table is the head too.
         vocabulary_size: Width of the logits.
         work: Operations, for estimates of time.
         image: The image that was looked at.
@@ -84,6 +87,8 @@ class NativeMemory:
     chunk_targets: int
     of_layer: PassingBytes
     of_head: PassingBytes
+    table: int
+    tied: bool
     vocabulary_size: int
     work: ModelWork | None
     image: MadeImage
@@ -118,7 +123,7 @@ class NativeMemory:
             activations=int(need.kept),
             logits=int(need.logits),
             passing=int(passing.get(where, 0.0)),
-            gradients_at_peak=row.num_rows > 1 or where in ("update", "first layer", "tower"),
+            gradients_at_peak=row.num_rows > 1 or where in _WITH_GRADIENTS,
             peak=int(held + moments[where]),
             phase=where,
         )
@@ -153,13 +158,16 @@ class NativeMemory:
         gradients, casts = self._total("gradients"), self._total("casts")
         plain = self.num_layers - again
         if row.num_rows > 1:  # a gradient comes beside the sum of those of the rows before
-            before = with_head = with_layer = with_plain = gradients
+            before = with_head = with_layer = with_plain = with_layers = gradients
             with_head += head.gradients
             with_layer += 2 * layer.at_work
+            table = self.table
         else:
             before, with_head = 0, head.gradients
             with_layer = head.gradients + layer.gradients
             with_plain = head.gradients + plain * layer.gradients
+            with_layers = head.gradients + self.num_layers * layer.gradients
+            table = self.table if self.tied else 0
         # Casts go with what they are kept for: of layers computed again when the forward pass has
         # ended, the head's when its backward pass has.
         below = casts - self.num_layers * layer.casts - head.casts
@@ -174,7 +182,8 @@ class NativeMemory:
             + kept + need.last.backward,
             "recomputed layer": (one + with_plain + need.inputs + need.recomputed.backward)
             if again else 0.0,
-            "first layer": one + gradients + need.first,
+            "first layer": one + with_layers + need.first,
+            "embeddings": below + early + gradients + table,
             "images": below + before + need.images.forward + need.outside.forward,
             "tower": below + gradients + need.images.backward + need.outside.backward,
             "update": float(gradients + self.visiting),
@@ -244,6 +253,8 @@ def native_memory(
     few, many = (head_pass(model, num_targets=n, stream=stream, dtype=dtype) for n in _TARGETS)
     both = many - few
     width = int(model.config.get_text_config().hidden_size)
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
     vocabulary = int(model.config.get_text_config().vocab_size)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return NativeMemory(
@@ -261,6 +272,8 @@ def native_memory(
         chunk_targets=max(1, LOGITS_PER_CHUNK // vocabulary),
         of_layer=layer_passing(model, tune=tune, dtype=dtype),
         of_head=head_passing(model, dtype=dtype),
+        table=4 * table.numel() if table.requires_grad else 0,
+        tied=model.get_output_embeddings().weight is table,
         vocabulary_size=vocabulary,
         work=work,
         image=image,
