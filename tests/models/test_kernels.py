@@ -141,6 +141,7 @@ def test_what_stands_in_the_way_is_said_or_refused(
         install("liger", fused=True)
     with pytest.raises(DeviceError, match="Triton"):
         install("liger")
+    monkeypatch.setattr(kernels, "has_triton", lambda device: True)
     monkeypatch.setattr(kernels, "find_spec", lambda name: None if "liger" in name else name)
     assert "not installed: pip install" in install("auto", device=torch.device("cuda"))
     no_norms, _ = composed(tmp_path, text="gpt2")

@@ -9,6 +9,8 @@ import os
 import platform
 import random
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +125,16 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def has_triton(device: torch.device) -> bool:
+    """Returns whether Triton kernels run on a device; imports nothing."""
+    return device.type == "cuda" and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def set_matmul_precision(precision: Literal["highest", "high", "medium"]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vistune.device import has_triton
 from vistune.errors import DeviceError, MissingExtraError, ModelError
 from vistune.models.contract import ModuleMap
 
@@ -214,7 +215,7 @@ def _obstacle(wanted: str, *, fused: bool, device: torch.device, given: bool) ->
         return None
     if asked:
         require_liger(device)
-    if not _has_triton(device):
+    if not has_triton(device):
         return f"Triton does not run on {device.type}"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install 'vistune[kernels]'"
@@ -228,7 +229,7 @@ def require_liger(device: torch.device) -> None:
         DeviceError: Triton does not compile for the device.
         MissingExtraError: The package is not installed.
     """
-    if not _has_triton(device):
+    if not has_triton(device):
         raise DeviceError(
             "liger-kernel needs a device that Triton compiles for",
             where="train.kernels",
@@ -237,10 +238,6 @@ def require_liger(device: torch.device) -> None:
         )
     if find_spec("liger_kernel") is None:
         raise MissingExtraError.of("liger_kernel", extra="kernels", purpose="train.kernels=liger")
-
-
-def _has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def has_liger() -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from vistune import _compat
+from vistune.device import has_triton
 from vistune.device.bits import require_fp8
 from vistune.errors import ModelError
 from vistune.models.compose import ComposedVLM
@@ -42,7 +43,7 @@ def install_fused(
     device = next(model.parameters()).device
     if fp8:
         require_fp8(device)
-    wanted = mode == "on" or fp8 or (mode == "auto" and device.type == "cuda")
+    wanted = mode == "on" or fp8 or (mode == "auto" and has_triton(device))
     if not wanted:
         return "decoder layers: transformers' own"
     if mode == "off":

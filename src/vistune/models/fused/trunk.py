@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vistune.device import has_triton
 from vistune.models.attention import AUTO, Backend, attend_packed, attend_tail
 from vistune.models.fused import torch_ops
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
@@ -154,7 +155,7 @@ class FusedTrunk:
 
 def select_ops(device: torch.device) -> ModuleType:
     """Returns the Triton kernels where they run, the torch ones elsewhere."""
-    if device.type != "cuda":
+    if not has_triton(device):
         return torch_ops
     from vistune.models.fused import triton_ops
 

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistune.device import has_triton
+
 _NORM_EPS = 1e-6
 _MLP_RATIO = 4
 
 
 def _kernels(maps: Tensor) -> ModuleType | None:
     """Returns the Triton kernels where they run: forward only, in the weights' own format."""
-    if not maps.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(maps.device.type):
+        return None
+    if not has_triton(maps.device):
         return None
     from vistune.models.mgm import triton_ops
 

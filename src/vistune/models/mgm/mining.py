@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vistune.device import has_triton
 from vistune.models.connectors import build_connector
 
 _NORM_EPS = 1e-5
@@ -120,7 +121,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _attend(query_NPC: Tensor, maps_NCYX: Tensor, *, scale: float) -> Tensor:
     """Returns the sums over each patch's window of normalised positions, weighted by a softmax."""
     found: Tensor
-    if maps_NCYX.is_cuda and not maps_NCYX.requires_grad:
+    if has_triton(maps_NCYX.device) and not maps_NCYX.requires_grad:
         maps_NCYX = maps_NCYX.contiguous(memory_format=torch.channels_last)
         found = _FusedAttention.apply(query_NPC, maps_NCYX, scale)  # type: ignore[no-untyped-call]
         return found
