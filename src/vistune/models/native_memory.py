@@ -224,22 +224,10 @@ def native_memory(
     Raises:
         ModelError: Its memory cannot be predicted.
     """
-    _refuse(facts.whole_config)
-    with torch.device("meta"):
-        model = native_skeleton(facts).to(dtype)
-        apply_tuning(model, tune, seed=0)
+    _refuse(facts.whole_config, tune, train)
+    model = _tuned(facts, tune, dtype)
     work = work_of(model, tune)
-    set_training_mode(model, tune, model.module_map)
-    if kind != "cpu":
-        stand_in_kernels(model, repeats=_repeats(model, train, dtype=dtype, kind=kind))
-    if train.kernels == "liger" or (train.kernels == "auto" and kind == "cuda" and has_liger()):
-        install_kernels(
-            model, wanted=train.kernels, fused=False, device=torch.device(kind), ops=CountedOps(),
-            trial=False,
-        )  # fmt: skip
-    if train.checkpoint_tower_layers:
-        set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
-        let_layers_recompute(model)
+    _set_up(model, tune, train, dtype=dtype, kind=kind)
     layers = decoder_layers(model)
     roles = role_bytes(model, tune=tune, train=train, dtype=dtype)
     image = MadeImage.of(model)
@@ -249,10 +237,7 @@ def native_memory(
     set_checkpoint_layers(model, len(layers))
     let_layers_recompute(model)
     again, pair_again = layer_amounts(model, image, tune=tune, dtype=dtype)
-    stream = torch.float32 if tune.language.mode == "full" else dtype
-    few, many = (head_pass(model, num_targets=n, stream=stream, dtype=dtype) for n in _TARGETS)
-    both = many - few
-    width = int(model.config.get_text_config().hidden_size)
+    target, target_kept = _target_bytes(model, tune, dtype)
     table = model.get_input_embeddings().weight
     assert isinstance(table, torch.Tensor)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -267,8 +252,8 @@ def native_memory(
         patch_pair=patch_pair,
         pair=pair,
         pair_again=pair_again,
-        target=max(both.forward, both.backward) / (_TARGETS[1] - _TARGETS[0]),
-        target_kept=2 * width * stream.itemsize,
+        target=target,
+        target_kept=target_kept,
         chunk_targets=max(1, LOGITS_PER_CHUNK // vocabulary),
         of_layer=layer_passing(model, tune=tune, dtype=dtype),
         of_head=head_passing(model, dtype=dtype),
@@ -285,6 +270,40 @@ def native_memory(
     )
 
 
+def _tuned(facts: ModelFacts, tune: TuneConfig, dtype: torch.dtype) -> NativeVLM:
+    with torch.device("meta"):
+        model = native_skeleton(facts).to(dtype)
+        apply_tuning(model, tune, seed=0)
+    return model
+
+
+def _set_up(
+    model: NativeVLM, tune: TuneConfig, train: TrainConfig, *, dtype: torch.dtype, kind: str
+) -> None:
+    """Sets modes, kernels and the tower's recomputed blocks as a run would."""
+    set_training_mode(model, tune, model.module_map)
+    if kind != "cpu":
+        stand_in_kernels(model, repeats=_repeats(model, train, dtype=dtype, kind=kind))
+    if train.kernels == "liger" or (train.kernels == "auto" and kind == "cuda" and has_liger()):
+        install_kernels(
+            model, wanted=train.kernels, fused=False, device=torch.device(kind), ops=CountedOps(),
+            trial=False,
+        )  # fmt: skip
+    if train.checkpoint_tower_layers:
+        set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
+        let_layers_recompute(model)
+
+
+def _target_bytes(model: NativeVLM, tune: TuneConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns what each target needs whose logits are held, and what each target keeps."""
+    stream = torch.float32 if tune.language.mode == "full" else dtype
+    few, many = (head_pass(model, num_targets=n, stream=stream, dtype=dtype) for n in _TARGETS)
+    both, width = many - few, int(model.config.get_text_config().hidden_size)
+    # A hidden state and its gradient.
+    kept = 2 * width * stream.itemsize
+    return max(both.forward, both.backward) / (_TARGETS[1] - _TARGETS[0]), kept
+
+
 def why_not_predicted(config: Any) -> str | None:
     """Returns why a model's passes depend on more than a row's size, or None.
 
@@ -298,7 +317,13 @@ def why_not_predicted(config: Any) -> str | None:
     return None
 
 
-def _refuse(config: Any) -> None:
+def _refuse(config: Any, tune: TuneConfig, train: TrainConfig) -> None:
+    if train.fused == "on" or tune.held_format("language") == "fp8":
+        raise ModelError(
+            "transformers' own vision-language models have no fused form",
+            where="train.fused" if train.fused == "on" else "tune.language.frozen_format",
+            fix="set train.fused=auto and tune.language.frozen_format=same",
+        )
     reason = why_not_predicted(config)
     if reason is not None:
         raise ModelError(

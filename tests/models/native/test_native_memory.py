@@ -155,6 +155,15 @@ def test_what_is_not_predicted_says_why(folders: Path, kind: str) -> None:
         planned(folder_of(folders, kind), TuneConfig())
 
 
+def test_what_has_no_fused_form_is_not_planned_in_one(folders: Path) -> None:
+    folder = folder_of(folders, "qwen2_vl")
+    fp8 = {"language": {"mode": "lora", "rank": 2, "frozen_format": "fp8"}}
+    with pytest.raises(ModelError, match="no fused form"):
+        planned(folder, TuneConfig.model_validate(fp8))
+    with pytest.raises(ModelError, match="no fused form"):
+        planned(folder, TuneConfig(), fused="on")
+
+
 def test_a_gpu_keeps_no_copies_of_samples(folders: Path) -> None:
     """On a CPU every sample's result is copied into the row's; a packed kernel writes it there."""
     facts = describe_native(folder_of(folders, "qwen2_vl"))
