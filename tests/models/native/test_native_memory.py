@@ -43,7 +43,9 @@ TUNES: dict[str, dict[str, Any]] = {
 }
 REFUSED = {"qwen3_vl_moe", "minicpmv4_6"}
 PREDICTED = sorted(set(KINDS) - REFUSED)
-QUICK = {("qwen2_5_vl", "frozen"), ("gemma3", "lora"), *((kind, "full") for kind in PREDICTED)}
+LIKE_ANOTHER = {"idefics3", "mistral3", "paligemma"}
+QUICK = {("qwen2_5_vl", "frozen"), ("gemma3", "lora")}
+QUICK |= {(kind, "full") for kind in PREDICTED if kind not in LIKE_ANOTHER}
 MATRIX = [
     pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.slow)
     for kind in PREDICTED
