@@ -1,4 +1,4 @@
-"""Dynamic rotary scaling: every text by its own length, in batches, packed rows and answers."""
+"""Rotary scaling by length: every text by its own length, in batches, packed rows and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_parts import tokenizer, write_tower
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from vistune.models.attention import packing_mask, register_packed_attention
 from vistune.models.build import build_model
@@ -19,7 +19,11 @@ from vistune.models.facts import describe
 from vistune.models.families.internlm2 import load_internlm2
 from vistune.models.fused.trunk import fuse
 from vistune.models.language.internlm2 import public_frequencies
-from vistune.models.language.rotary import DynamicRotaryEmbedding, settle_rotary
+from vistune.models.language.rotary import (
+    DynamicRotaryEmbedding,
+    LongRotaryEmbedding,
+    settle_rotary,
+)
 from vistune.recipe import ModelConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "internlm2"
@@ -157,3 +161,44 @@ def test_other_scalings_are_left_alone() -> None:
     before = model.model.rotary_emb
     settle_rotary(model)
     assert model.model.rotary_emb is before and not isinstance(before, DynamicRotaryEmbedding)
+
+
+def long_phi3(*, partial: float = 1.0) -> Phi3ForCausalLM:
+    width = int(16 * partial) // 2
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4 * LIMIT,
+        original_max_position_embeddings=LIMIT, partial_rotary_factor=partial, pad_token_id=0,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0 + 0.1 * i for i in range(width)],
+            "long_factor": [2.0 + i for i in range(width)],
+        },
+    )  # fmt: skip
+    return Phi3ForCausalLM(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_longrope_takes_each_texts_own_set_of_frequencies(partial: float) -> None:
+    texts = [text(30, seed=3), text(200), text(LIMIT, seed=1), text(LIMIT + 1, seed=2)]
+    theirs = torch.cat([long_phi3(partial=partial)(ids).logits[0] for ids in texts])
+    model = long_phi3(partial=partial)
+    settle_rotary(model)
+    assert isinstance(model.model.rotary_emb, LongRotaryEmbedding)
+    alone = torch.cat([model(ids).logits[0] for ids in texts])
+    assert torch.equal(alone, theirs)
+    lengths = [ids.shape[1] for ids in texts]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    packed = {}
+    for name, one in (("ours", model), ("theirs", long_phi3(partial=partial))):
+        one.config._attn_implementation = register_packed_attention()
+        packed[name] = one(
+            torch.cat(texts, dim=1),
+            attention_mask=packing_mask(starts, max(lengths)),
+            position_ids=positions,
+        ).logits[0]
+    torch.testing.assert_close(packed["ours"], alone, **CLOSE)
+    assert not torch.allclose(packed["theirs"], alone, **CLOSE)  # what this is for
