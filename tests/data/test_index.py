@@ -233,7 +233,7 @@ def test_ranks_finish_what_a_killed_one_left(
     slow = RowScan._row
 
     def row(self: RowScan, *given: Any) -> None:
-        time.sleep(0.005)  # long enough to be killed in the middle
+        time.sleep(0.02)  # long enough to be killed in the middle
         slow(self, *given)
 
     monkeypatch.setattr(RowScan, "_row", row)
@@ -249,11 +249,12 @@ def test_ranks_finish_what_a_killed_one_left(
         one.start()
     key = source_key(source, make_encoder(), deep=False)
     parts = cache / f"{key}.parts"
-    _wait_until(lambda: len(list(parts.glob("done-*"))) >= 2)
     doomed = ranks[1]
     assert doomed.pid is not None
-    children = _children(doomed.pid)
-    os.kill(doomed.pid, signal.SIGKILL)
+    pid = doomed.pid
+    _wait_until(lambda: len(list(parts.glob("done-*"))) >= 2 and len(_children(pid)) >= workers)
+    children = _children(pid)
+    os.kill(pid, signal.SIGKILL)
     assert not (cache / key).exists()  # it was not done yet
     for one in ranks:
         one.join(30)
