@@ -20,6 +20,7 @@ from vistune.recipe import ResolvedRecipe
 CHECKPOINT_PREFIX = "step_"
 _EARLIER, _MOVING = ".earlier", ".earlier_moving"  # whole, and on its way in or out
 _ORPHANS_S = 15.0  # loader workers inherit the lock, and outlive a killed run by some seconds
+_DYING_S = 2.0  # a process that was just killed is there until its memory is given back
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class RunDirectory:
             yield
             return
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
-            patient_until_s = time.monotonic() + _ORPHANS_S
+            began_s = time.monotonic()
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +191,8 @@ class RunDirectory:
                 except BlockingIOError as error:
                     file.seek(0)
                     holder = file.read().strip()
-                    if _is_gone(holder) and time.monotonic() < patient_until_s:
+                    patience_s = _ORPHANS_S if _is_gone(holder) else _DYING_S
+                    if time.monotonic() - began_s < patience_s:
                         time.sleep(0.1)
                         continue
                     raise CheckpointError(
@@ -252,14 +254,17 @@ class RunDirectory:
 
 
 def _is_gone(holder: str) -> bool:
-    """Returns whether the process that a lock file names has ended."""
+    """Returns whether the process that a lock file names has ended, waited for or not."""
     try:
-        os.kill(int(holder.removeprefix("process ")), 0)
+        process = int(holder.removeprefix("process "))
+        os.kill(process, 0)
+        # Linux: one that nobody has waited for is still listed, as a zombie (Z).
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
     except ProcessLookupError:
         return True
-    except (ValueError, PermissionError):
+    except (ValueError, OSError):
         return False
-    return False
+    return state.split()[:1] == ["Z"]
 
 
 def _object_of(line: str) -> dict[str, Any]:
