@@ -90,8 +90,6 @@ def write_llava(
             if wrong
             else "name the encoder with --vision-tower",
         )
-    whole = read_vision_config(VisionTowerConfig(path=tower_path))
-    kept = int(model.config.vision_config.num_hidden_layers)
     state = public_state(model)
     inside = tower is not None and tower.inside
     if not inside and _is_original(model, tower_path):
@@ -100,6 +98,19 @@ def write_llava(
         dtype = next(model.vision_tower.parameters()).dtype
         state |= {from_composed(f"{VISION}{n}"): t.to(dtype) for n, t in tower.rest.items()}
     write_weights(folder, state)
+    if source is not None and has_only_pieces(source):
+        copy_pieces(source, folder)
+        write_json(folder / "preprocessor_config.json", image_processor_values(encoder))
+    else:
+        write_tokenizer(folder, encoder)
+    write_json(folder / "config.json", _settings(model, encoder, tower_path=tower_path))
+    write_manifest(folder, manifest)
+
+
+def _settings(model: ComposedVLM, encoder: Encoder, *, tower_path: str) -> dict[str, Any]:
+    """Returns the values of config.json."""
+    whole = read_vision_config(VisionTowerConfig(path=tower_path))
+    kept = int(model.config.vision_config.num_hidden_layers)
     text = model.config.text_config
     settings = {
         **text.to_dict(),
@@ -122,13 +133,7 @@ def write_llava(
     settings["rope_theta"] = float(text.rope_parameters["rope_theta"])
     for key in ("dtype", "rope_parameters"):  # keys of later transformers versions
         settings.pop(key, None)
-    if source is not None and has_only_pieces(source):
-        copy_pieces(source, folder)
-        write_json(folder / "preprocessor_config.json", image_processor_values(encoder))
-    else:
-        write_tokenizer(folder, encoder)
-    write_json(folder / "config.json", settings)
-    write_manifest(folder, manifest)
+    return settings
 
 
 def _image_settings(model: ComposedVLM, encoder: Encoder) -> dict[str, Any]:
