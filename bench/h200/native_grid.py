@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from native_models import CONFIGS
+from plan_grid import timed_steps
 
 from vistune.data.collate import pack_row
 from vistune.errors import VistuneError
@@ -36,143 +38,8 @@ from vistune.models.native_memory import native_memory
 from vistune.models.native_passes import num_patches
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import Tuning, apply_tuning
-from vistune.parallel import SingleProcess
 from vistune.recipe import TrainConfig, TuneConfig
-from vistune.train.optim import build_optimizer
-from vistune.train.step import LossModule, backward_step
 from vistune.types import EncodedSample, ImageDefaults
-
-_SIGLIP = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-_INTERN_VIT = {
-    "model_type": "internvl_vision",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": [448, 448],
-    "patch_size": [14, 14],
-    "attention_bias": True,
-    "use_absolute_position_embeddings": True,
-    "layer_scale_init_value": 0.1,
-}
-_QWEN25_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-_MROPE = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
-_QWEN_IDS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
-
-
-def _text(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 32768,
-        **more,
-    }
-
-
-def _qwen25(out: int, text: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2_5_vl",
-        "text_config": {**text, "rope_parameters": _MROPE, "tie_word_embeddings": tied},
-        "vision_config": {**_QWEN25_VISION, "out_hidden_size": out},
-        "tie_word_embeddings": tied,
-        **_QWEN_IDS,
-    }
-
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-7b": _qwen25(3584, _text(3584, 18944, 28, 28, 4, vocab_size=152064), tied=False),
-    "qwen2.5-vl-3b": _qwen25(2048, _text(2048, 11008, 36, 16, 2, vocab_size=151936), tied=True),
-    "qwen3-vl-4b": {
-        "model_type": "qwen3_vl",
-        "text_config": {
-            **_text(2560, 9728, 36, 32, 8, vocab_size=151936, head_dim=128),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5000000.0,
-                "mrope_section": [24, 20, 20],
-                "mrope_interleaved": True,
-            },
-            "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_heads": 16,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 2560,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tie_word_embeddings": True,
-        **_QWEN_IDS,
-    },
-    "internvl3-2b": {
-        "model_type": "internvl",
-        "text_config": {
-            "model_type": "qwen2",
-            **_text(1536, 8960, 28, 12, 2, vocab_size=151674),
-            "tie_word_embeddings": False,
-        },
-        "vision_config": _INTERN_VIT,
-        "image_token_id": 151667,
-        "downsample_ratio": 0.5,
-        "tie_word_embeddings": False,
-    },
-    "smolvlm-2.2b": {
-        "model_type": "smolvlm",
-        "text_config": {
-            "model_type": "llama",
-            **_text(2048, 8192, 24, 32, 32, vocab_size=49280, head_dim=64),
-            "tie_word_embeddings": False,
-        },
-        "vision_config": {
-            **_SIGLIP,
-            "model_type": "smolvlm_vision",
-            "image_size": 384,
-        },
-        "scale_factor": 3,
-        "image_token_id": 49190,
-        "tie_word_embeddings": False,
-    },
-    "gemma3-4b": {
-        "model_type": "gemma3",
-        "text_config": {
-            "model_type": "gemma3_text",
-            **_text(2560, 10240, 34, 8, 4, vocab_size=262208, head_dim=256),
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 1024,
-        },
-        "vision_config": {**_SIGLIP, "image_size": 896},
-        "mm_tokens_per_image": 256,
-        "image_token_index": 262144,
-    },
-}
 
 _GRIDS = ((46, 62), (24, 36), (80, 54), (32, 32), (16, 70))
 """Rows and columns of patches of images of any size, in turn."""
@@ -384,17 +251,17 @@ def run(
     model = build(facts, device=device, dtype=dtype)
     with torch.device(device):
         tuning = apply_tuning(model, case.tune, seed=0)
-    times, attention, peaks = run_steps(
+    times, attention, is_finite = run_steps(
         model, tuning, row, train=train, num_recomputed=layers, device=device, dtype=dtype
     )
     found["attention"] = attention
-    found["loss_is_finite"] = peaks.pop("finite")
+    found["loss_is_finite"] = is_finite
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated() / 2**30
         found["measured_gib"] = round(measured, 3)
         found["error"] = round(predicted.peak_gib / measured - 1, 4)
         found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-        found |= peaks
+        found["standing_gib"] = round(torch.cuda.memory_allocated() / 2**30, 3)
     found["step_s"] = [round(s, 3) for s in times]
     found["tokens_per_s"] = round(row.num_tokens / min(times))
     return found
@@ -432,12 +299,12 @@ def run_steps(
     device: torch.device,
     dtype: torch.dtype,
     num_steps: int = 4,
-) -> tuple[Sequence[float], str, dict[str, Any]]:
+) -> tuple[Sequence[float], str, bool]:
     """Runs optimizer steps on one row.
 
     Returns:
         The steps' times in seconds without the first one, what attention and kernels run as, and
-        the peaks of the passes and of the update in GiB beside whether the loss was finite.
+        whether the last loss was finite.
     """
     tune = tuning.tune
     set_training_mode(model, tune, model.module_map)
@@ -454,37 +321,13 @@ def run_steps(
     )
     kernels = install_kernels(model, wanted=train.kernels, fused=False, device=device)
     gc.collect()
-    on_gpu = device.type == "cuda"
-    peaks: dict[str, Any] = {}
-    strategy = SingleProcess()
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    module = strategy.prepare(
-        LossModule(model, sources=("s",), vocabulary_size=vocabulary),
-        lambda _: build_optimizer(model.named_parameters(), tuning.groups(train), train),
-    )
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(num_steps):
-        started_s = time.perf_counter()
-        sums = backward_step(
-            strategy,
-            module,
-            [row],
-            sources=("s",),
-            device=device,
-            autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
-            clip_norm=1.0,
-        )
-        if on_gpu:
-            peaks["passes_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        peaks["finite"] = sums.is_finite
-        strategy.step(lr_factor=1e-3)
-        if on_gpu:
-            torch.cuda.synchronize()
-            peaks["standing_gib"] = round(torch.cuda.memory_allocated() / 2**30, 3)
-        times.append(time.perf_counter() - started_s)
-    return times[1:], f"{attention.language.name}; {attention.vision.name}; {kernels}", peaks
+    times, sums = timed_steps(
+        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=num_steps
+    )
+    runs_as = f"{attention.language.name}; {attention.vision.name}; {kernels}"
+    return times[1:], runs_as, sums.is_finite
 
 
 def main() -> None:

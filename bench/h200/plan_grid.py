@@ -29,15 +29,15 @@ from vistune.models.budget import usable_bytes
 from vistune.models.facts import ModelFacts
 from vistune.models.fused.install import fused_trunk, install_fused
 from vistune.models.memory import RowSize, memory_model, skeleton
+from vistune.models.modes import let_layers_recompute, set_training_mode
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.towers.families import plan_tower, tower_grid
 from vistune.models.tune import Tuning, apply_tuning
 from vistune.models.tune.quantize import quantize_frozen
 from vistune.parallel import SingleProcess
 from vistune.recipe import ConnectorConfig, ModelConfig, TrainConfig, TuneConfig
-from vistune.train.modes import let_layers_recompute, set_training_mode
 from vistune.train.optim import build_optimizer
-from vistune.train.step import LossModule, backward_step
+from vistune.train.step import LossModule, StepSums, backward_step
 from vistune.types import EncodedSample, ImageDefaults
 
 SIZES: dict[str, dict[str, int]] = {
@@ -274,6 +274,29 @@ def run_steps(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    times, _ = timed_steps(
+        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=num_steps,
+        reads_tail=fused_trunk(model) is not None,
+    )  # fmt: skip
+    return min(times)
+
+
+def timed_steps(
+    model: Any,
+    tuning: Tuning,
+    row: Any,
+    *,
+    train: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_steps: int,
+    reads_tail: bool = False,
+) -> tuple[list[float], StepSums]:
+    """Runs optimizer steps on one row of a model that is set up to train.
+
+    Returns:
+        Each step's time in seconds, and the sums of the last one.
+    """
     strategy = SingleProcess()
     module = strategy.prepare(
         LossModule(model, sources=("s",), vocabulary_size=vocabulary_of(model)),
@@ -282,7 +305,7 @@ def run_steps(
     times = []
     for _ in range(num_steps):
         started_s = time.perf_counter()
-        backward_step(
+        sums = backward_step(
             strategy,
             module,
             [row],
@@ -290,13 +313,13 @@ def run_steps(
             device=device,
             autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
             clip_norm=1.0,
-            reads_tail=fused_trunk(model) is not None,
+            reads_tail=reads_tail,
         )
         strategy.step(lr_factor=1e-3)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started_s)
-    return min(times)
+    return times, sums
 
 
 def vocabulary_of(model: Any) -> int:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vistune.device import Device
+from vistune.models.modes import let_layers_recompute, set_training_mode
 from vistune.recipe import Recipe
-from vistune.train.modes import let_layers_recompute, set_training_mode
 
 if TYPE_CHECKING:
     from vistune.models.attention.install import InstalledAttention

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from h200.native_grid import Row, draw_row, facts_of, size_of
+sys.path.insert(0, str(Path(__file__).parents[3] / "bench" / "h200"))
+from native_grid import Row, draw_row, facts_of, size_of
+
 from vistune import _compat
 from vistune.models.native import native_skeleton
 from vistune.models.native_memory import native_memory
