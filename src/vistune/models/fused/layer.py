@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vistune.models.attention import Scoring
-from vistune.models.fused.projection import Projection
+from vistune.models.fused.projection import Projection, plain_form
 from vistune.models.fused.torch_ops import Activation, Operand
 
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -208,9 +208,13 @@ class _Saved:
     post: PostSaved | None = None
 
 
-def wants(projection: Projection) -> dict[str, bool]:
+def wants(projection: Projection) -> dict[str, Any]:
     """Returns in which forms a projection reads its input."""
-    return {"quantize": projection.is_fp8, "keep": projection.reads_plain}
+    return {
+        "quantize": projection.is_fp8,
+        "keep": projection.reads_plain,
+        "channels_C": projection.channels_C,
+    }
 
 
 def project_onto(
@@ -392,6 +396,29 @@ def _as_one(*parts_THK: Tensor) -> Tensor | None:
         at += part.shape[1] * width
     size = (first.shape[0], num_heads, width)
     return first.as_strided(size, (num_heads * width, width, 1))
+
+
+def layer_with_inputs(
+    layer: FusedLayer,
+    x_TD: Tensor,
+    cos_TK: Tensor,
+    sin_TK: Tensor,
+    *,
+    attention: Attention,
+    ops: ModuleType,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs a layer without a graph and also returns what its projections read.
+
+    Returns:
+        [T, D], and [T, in] of `qkv`, `out`, `gate_up` and `down`.
+    """
+    y_TD, saved = _forward(layer, x_TD, cos_TK, sin_TK, attention, ops)
+    n1_TD = plain_form(layer.norm1.forward(x_TD, ops)[0])
+    n2_TD = plain_form(layer.norm2.forward(saved.mlp.h_TD, ops)[0])
+    active_TF = plain_form(ops.glu(saved.mlp.gate_up_TF, activation=layer.activation))
+    attended_TI = saved.attended.detach().flatten(1)
+    inputs = {"qkv": n1_TD, "out": attended_TI, "gate_up": n2_TD, "down": active_TF}
+    return y_TD, inputs
 
 
 class _LayerFunction(torch.autograd.Function):

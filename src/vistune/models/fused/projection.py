@@ -1,7 +1,6 @@
 """A linear map, whole or several merged into one product, with optional LoRA adapters.
 
-A frozen base weight is held once in the model's own format, or as FP8 in the two layouts the
-forward and the input-gradient product read. A trained one is held in fp32, in the storage its
+A frozen base weight is held once in the model's own format, or in FP8 (`fp8`). A trained one is held in fp32, in the storage its
 parameters are views of; it is rounded to the activations' format when it is read, so there is no
 second copy that could fall behind, and its gradient leaves the matrix product in fp32.
 """
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistune.models.fused.fp8 import Fp8Weight
 from vistune.models.fused.torch_ops import Operand
 
 
@@ -72,11 +72,7 @@ class Projection:
     weights: Sequence[Trained] = ()
     biases: Sequence[Trained] = ()
     held_back: tuple[int, int] | None = None
-    fp8_OI: Tensor | None = field(default=None, init=False)
-    fp8_IO: Tensor | None = field(default=None, init=False)
-    scale_O: Tensor | None = field(default=None, init=False)
-    ones_I: Tensor | None = field(default=None, init=False)
-    dtype: torch.dtype = field(default=torch.bfloat16, init=False)
+    fp8: Fp8Weight | None = field(default=None, init=False)
 
     def parameters(self) -> list[Tensor]:
         """Returns what trains, in the order of `gradients`."""
@@ -97,25 +93,30 @@ class Projection:
             if whole is not None
         )
 
-    def to_fp8(self, ops: ModuleType) -> None:
-        """Replaces the weight by its FP8 form: rounded once, laid out twice.
+    def to_fp8(self, channels_C: Tensor | None, ops: ModuleType) -> None:
+        """Replaces the weight by its FP8 form.
 
-        Both products use the same rounded numbers, so that the backward pass is the gradient of
-        the forward pass; the row scales are folded into the output gradient before it is rounded.
+        Args:
+            channels_C: int32 [C], the channels of the input held twice, or None.
+            ops: The elementwise kernels.
         """
         assert self.weight_OI is not None
-        self.dtype = self.weight_OI.dtype
-        self.fp8_OI, scale = ops.quantize_rows(self.weight_OI)
-        self.scale_O = scale.flatten().contiguous()
-        self.fp8_IO = self.fp8_OI.t().contiguous()
-        self.ones_I = torch.ones(1, self.fp8_IO.shape[0], device=self.scale_O.device)
+        self.fp8 = Fp8Weight.of(self.weight_OI, channels_C, ops)
         self.weight_OI = None
 
-    def split(self, at: int) -> tuple[Projection, Projection]:
-        """Returns the map's first `at` outputs and the others as two maps over the same storage.
+    @property
+    def channels_C(self) -> Tensor | None:
+        """Channels of the input that are held twice: int32 [C]."""
+        return None if self.fp8 is None else self.fp8.channels_C
 
-        The transposed FP8 layout cannot be shared by rows of outputs, so that part is copied.
-        """
+    @property
+    def scale_O(self) -> Tensor | None:
+        """Scales of the output rows of an FP8 weight: float32 [out]."""
+        return None if self.fp8 is None else self.fp8.scale_O
+
+    def split(self, at: int) -> tuple[Projection, Projection]:
+        """Returns the map's first `at` outputs and the others as two maps over the same storage."""
+        assert self.weight_OI is not None
         halves = []
         for start, stop in ((0, at), (at, self.num_outputs)):
             bias = None if self.bias_O is None else self.bias_O[start:stop]
@@ -124,7 +125,6 @@ class Projection:
                 for a in self.adapters
                 if start <= a.start and a.stop <= stop
             )
-            weight = None if self.weight_OI is None else self.weight_OI[start:stop]
             weights, biases = (
                 tuple(
                     Trained(t.parameter, t.start - start, t.stop - start)
@@ -133,14 +133,10 @@ class Projection:
                 )
                 for trained in (self.weights, self.biases)
             )
-            half = Projection(weight, bias, adapters, weights, biases)
-            half.dtype, half.ones_I = self.dtype, self.ones_I
+            half = Projection(self.weight_OI[start:stop], bias, adapters, weights, biases)
             if self.held_back is not None and start <= self.held_back[0] < stop:
                 assert self.held_back[1] <= stop
                 half.held_back = (self.held_back[0] - start, self.held_back[1] - start)
-            if self.fp8_OI is not None and self.fp8_IO is not None and self.scale_O is not None:
-                half.fp8_OI, half.scale_O = self.fp8_OI[start:stop], self.scale_O[start:stop]
-                half.fp8_IO = self.fp8_IO[:, start:stop].contiguous()
             halves.append(half)
         for name in ("adapters", "weights", "biases"):
             assert sum(len(getattr(half, name)) for half in halves) == len(getattr(self, name))
@@ -149,14 +145,15 @@ class Projection:
     @property
     def num_outputs(self) -> int:
         """Width of the result."""
-        held = self.fp8_OI if self.weight_OI is None else self.weight_OI
-        assert held is not None
-        return held.shape[0]
+        if self.fp8 is not None:
+            return self.fp8.scale_O.shape[0]
+        assert self.weight_OI is not None
+        return self.weight_OI.shape[0]
 
     @property
     def is_fp8(self) -> bool:
         """Whether the products read FP8."""
-        return self.weight_OI is None
+        return self.fp8 is not None
 
     @property
     def reads_plain(self) -> bool:
@@ -183,7 +180,7 @@ class Projection:
         """
         if not self.adapters:
             return self._product(x, ops, residual_TO), None
-        x_TI = _plain(x)
+        x_TI = plain_form(x)
         lowrank = x_TI @ self._downs(x_TI.dtype).t()
         if self.is_fp8 or not self._adapted_throughout:
             y = self._product(x, ops, residual_TO)
@@ -240,16 +237,10 @@ class Projection:
         return torch.cat([self.bias_O[:start], zeros, self.bias_O[stop:]])
 
     def _product(self, x: Operand, ops: ModuleType, residual_TO: Tensor | None) -> Tensor:
-        if self.weight_OI is None:
-            assert self.fp8_OI is not None and self.scale_O is not None
-            fp8, scale = _fp8(x) if x.fp8 is not None else ops.quantize_rows(x.plain)
-            dtype = self.dtype if x.plain is None else x.plain.dtype
-            y = torch._scaled_mm(
-                fp8, self.fp8_OI.t(), scale_a=scale, scale_b=self.scale_O[None],
-                out_dtype=dtype, use_fast_accum=True,
-            )  # fmt: skip
+        if self.fp8 is not None:
+            y = self.fp8.product(x, ops)
             return self._biased(y if residual_TO is None else y.add_(residual_TO))
-        x_TI = _plain(x)
+        x_TI = plain_form(x)
         weight = self._weight(x_TI.dtype)
         if residual_TO is not None:
             return self._biased(torch.addmm(residual_TO, x_TI, weight.t()))
@@ -263,19 +254,10 @@ class Projection:
             grad: Gradient of the output [T, out]; an FP8 form has `scale_O` folded in.
             ops: The elementwise kernels.
         """
-        if self.weight_OI is not None:
-            grad_TO = _plain(grad)
-            return grad_TO @ self._weight(grad_TO.dtype)
-        assert self.fp8_IO is not None and self.ones_I is not None
-        if grad.fp8 is not None:
-            fp8, scale = _fp8(grad)
-        else:
-            fp8, scale = ops.quantize_rows(_plain(grad), column_scale_D=self.scale_O)
-        dx: Tensor = torch._scaled_mm(
-            fp8, self.fp8_IO.t(), scale_a=scale, scale_b=self.ones_I,
-            out_dtype=self.dtype, use_fast_accum=True,
-        )  # fmt: skip
-        return dx
+        if self.fp8 is not None:
+            return self.fp8.input_gradient(grad, ops)
+        grad_TO = plain_form(grad)
+        return grad_TO @ self._weight(grad_TO.dtype)
 
     def backward(self, grad: Operand, ops: ModuleType) -> tuple[Tensor, Tensor | None]:
         """Gradient of the input.
@@ -289,7 +271,7 @@ class Projection:
         """
         if not self.adapters:
             return self.input_gradient(grad, ops), None
-        grad_TO = _plain(grad)
+        grad_TO = plain_form(grad)
         inner_TR = grad_TO.new_empty(
             grad_TO.shape[0], sum(a.down_RI.shape[0] for a in self.adapters)
         )
@@ -325,15 +307,15 @@ class Projection:
         grads: list[Tensor] = []
         if self.weights:
             assert x_TI is not None
-            of_weight = weight_gradient(_plain(grad), x_TI)
+            of_weight = weight_gradient(plain_form(grad), x_TI)
             grads += [of_weight[t.start : t.stop] for t in self.weights]
         if self.biases:
-            of_bias = _plain(grad).sum(0, dtype=torch.float32)
+            of_bias = plain_form(grad).sum(0, dtype=torch.float32)
             grads += [of_bias[t.start : t.stop] for t in self.biases]
         if not self.adapters:
             return grads
         assert inner_TR is not None and x_TI is not None and lowrank_TR is not None
-        grad_TO = _plain(grad)
+        grad_TO = plain_form(grad)
         ranks = [a.down_RI.shape[0] for a in self.adapters]
         downs = torch.split(weight_gradient(inner_TR, x_TI), ranks)
         lowranks = torch.split(lowrank_TR, ranks, dim=1)
@@ -353,47 +335,8 @@ def weight_gradient(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
     return grad_TO.float().t() @ x_TI.float()
 
 
-class Fp8Linear(nn.Module):
-    """One of the maps merged into an FP8 projection, by itself, for generation.
-
-    It stands where the frozen linear layer stood, holds no memory of its own and has no backward
-    pass: training goes through the projection.
-
-    Args:
-        projection: The projection, already in FP8.
-        start: First output row.
-        stop: One past the last output row.
-        ops: The elementwise kernels.
-    """
-
-    def __init__(self, projection: Projection, start: int, stop: int, ops: ModuleType) -> None:
-        super().__init__()
-        assert projection.fp8_OI is not None and projection.scale_O is not None
-        self.in_features, self.out_features = projection.fp8_OI.shape[1], stop - start
-        self.fp8_OI = projection.fp8_OI[start:stop]
-        self.scale_1O = projection.scale_O[None, start:stop]
-        self.bias_O = None if projection.bias_O is None else projection.bias_O[start:stop]
-        self.dtype, self.ops = projection.dtype, ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the map to [..., in]."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise AssertionError("an FP8 layer by itself has no backward pass")
-        fp8, scale = self.ops.quantize_rows(x.reshape(-1, self.in_features).to(self.dtype))
-        y = torch._scaled_mm(
-            fp8, self.fp8_OI.t(), scale_a=scale, scale_b=self.scale_1O,
-            out_dtype=self.dtype, use_fast_accum=True,
-        )  # fmt: skip
-        y = y if self.bias_O is None else y.add_(self.bias_O)
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-def _fp8(x: Operand) -> tuple[Tensor, Tensor]:
-    assert x.fp8 is not None and x.scale is not None
-    return x.fp8, x.scale
-
-
-def _plain(x: Operand) -> Tensor:
+def plain_form(x: Operand) -> Tensor:
+    """Returns activations as they are, [T, D]."""
     assert x.plain is not None
     return x.plain
 

@@ -18,7 +18,7 @@ class Operand(NamedTuple):
 
     Args:
         plain: [T, D] in the model's format, or None where nobody reads it.
-        fp8: [T, D] e4m3, or None.
+        fp8: [T, D] e4m3, or [T, D + 2C] with channels held twice (`quantize_rows`), or None.
         scale: float32 [T, 1]; the activations are about fp8 * scale.
     """
 
@@ -28,11 +28,16 @@ class Operand(NamedTuple):
 
 
 def _operand(
-    x_TD: Tensor, *, quantize: bool, keep: bool, column_scale_D: Tensor | None = None
+    x_TD: Tensor,
+    *,
+    quantize: bool,
+    keep: bool,
+    column_scale_D: Tensor | None = None,
+    channels_C: Tensor | None = None,
 ) -> Operand:
     if not quantize:
         return Operand(x_TD)
-    fp8, scale = quantize_rows(x_TD, column_scale_D=column_scale_D)
+    fp8, scale = quantize_rows(x_TD, column_scale_D=column_scale_D, channels_C=channels_C)
     return Operand(x_TD if keep else None, fp8, scale)
 
 
@@ -44,6 +49,7 @@ def rms_norm(
     unit_offset: bool,
     quantize: bool = False,
     keep: bool = True,
+    channels_C: Tensor | None = None,
 ) -> tuple[Operand, Tensor]:
     """Root-mean-square norm.
 
@@ -54,6 +60,7 @@ def rms_norm(
         unit_offset: True where the weight is stored minus one (Gemma).
         quantize: Also give the result in FP8.
         keep: With `quantize`, also give it as it is.
+        channels_C: With `quantize`, channels held twice (`quantize_rows`).
 
     Returns:
         The normalised [T, D] and the reciprocal root mean squares, float32 [T].
@@ -65,7 +72,7 @@ def rms_norm(
         y = (normed * (1.0 + weight_D.float())).to(x_TD.dtype)
     else:
         y = (weight_D * normed.to(x_TD.dtype)).to(x_TD.dtype)
-    return _operand(y, quantize=quantize, keep=keep), rstd_T
+    return _operand(y, quantize=quantize, keep=keep, channels_C=channels_C), rstd_T
 
 
 def rms_norm_backward(
@@ -226,11 +233,20 @@ def _activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def glu(
-    gate_up_TF: Tensor, *, activation: Activation, quantize: bool = False, keep: bool = True
+    gate_up_TF: Tensor,
+    *,
+    activation: Activation,
+    quantize: bool = False,
+    keep: bool = True,
+    channels_C: Tensor | None = None,
 ) -> Operand:
-    """Gated unit: activation(first half) * second half of [T, 2F], giving [T, F]."""
+    """Gated unit: activation(first half) * second half of [T, 2F], giving [T, F].
+
+    The other arguments are those of `rms_norm`.
+    """
     gate, up = gate_up_TF.chunk(2, dim=-1)
-    return _operand(_activate(gate, activation) * up, quantize=quantize, keep=keep)
+    active = _activate(gate, activation) * up
+    return _operand(active, quantize=quantize, keep=keep, channels_C=channels_C)
 
 
 def glu_backward_(
@@ -279,16 +295,28 @@ def join_rotated(
     return joined
 
 
-def quantize_rows(x_TD: Tensor, *, column_scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x_TD: Tensor, *, column_scale_D: Tensor | None = None, channels_C: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rounds each row to FP8 (e4m3) with its own scale.
 
     Args:
         x_TD: [T, D].
         column_scale_D: Multiplied in first (a weight's row scales, in the backward product).
+        channels_C: int32 [C]. Behind the row come what rounding took from these channels, and
+            these channels once more: FP8 is then [T, D + 2C].
 
     Returns:
         FP8 [T, D] and float32 [T, 1] scales: x is about values * scale.
     """
     x = x_TD.float() if column_scale_D is None else x_TD.float() * column_scale_D
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FP8_MAX
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    scaled = (x / scale).clamp(-FP8_MAX, FP8_MAX)
+    values = scaled.to(torch.float8_e4m3fn)
+    if channels_C is None:
+        return values, scale
+    exact = scaled[:, channels_C.long()]
+    high = exact.to(torch.float8_e4m3fn)
+    low = (exact - high.float()).to(torch.float8_e4m3fn)
+    parts = [part.view(torch.uint8) for part in (values, low, high)]
+    return torch.cat(parts, dim=1).view(torch.float8_e4m3fn), scale

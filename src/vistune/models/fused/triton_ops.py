@@ -15,16 +15,26 @@ from vistune.models.fused.torch_ops import Activation, Operand
 
 
 @triton.jit
-def _store_fp8(v, out, scale, row, cols, mask, D):
+def _store_fp8(v, out, scale, row, cols, mask, pitch):
     s = tl.maximum(tl.max(tl.abs(v), axis=0), 1e-12) / 448.0
     tl.store(scale + row, s)
-    tl.store(out + row * D + cols, (v / s).to(tl.float8e4nv), mask=mask)
+    tl.store(out + row * pitch + cols, (v / s).to(tl.float8e4nv), mask=mask)
+    return s
+
+
+@triton.jit
+def _store_twice(v, s, at, C: tl.constexpr):
+    # What rounding takes from the values v at the chosen channels, and those values once more.
+    high = (v / s).to(tl.float8e4nv)
+    tl.store(at, (v / s - high.to(tl.float32)).to(tl.float8e4nv))
+    tl.store(at + C, high)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, y, fp8, scale, rstd, stride_x, D, eps,
-    OFFSET: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, y, fp8, scale, rstd, channels, stride_x, D, eps,
+    OFFSET: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, TWICE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -42,7 +52,18 @@ def _rms_norm_kernel(
         tl.store(y + row * D + cols, out, mask=mask)
     if QUANTIZE:
         rounded = out.to(x.dtype.element_ty).to(tl.float32)
-        _store_fp8(rounded, fp8, scale, row, cols, mask, D)
+        s = _store_fp8(rounded, fp8, scale, row, cols, mask, D + 2 * TWICE)
+        if TWICE:
+            chosen = tl.arange(0, TWICE)
+            at = tl.load(channels + chosen)
+            v = tl.load(x + row * stride_x + at).to(tl.float32) * r
+            w = tl.load(weight + at).to(tl.float32)
+            if OFFSET:  # noqa: SIM108
+                v = v * (1.0 + w)
+            else:
+                v = v.to(x.dtype.element_ty).to(tl.float32) * w
+            v = v.to(x.dtype.element_ty).to(tl.float32)
+            _store_twice(v, s, fp8 + row * (D + 2 * TWICE) + D + chosen, TWICE)
 
 
 @triton.jit
@@ -205,8 +226,9 @@ def _act_slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def _glu_kernel(
-    gate_up, out, fp8, scale, stride, F,
-    KIND: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, out, fp8, scale, channels, stride, F,
+    KIND: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr, TWICE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -218,7 +240,14 @@ def _glu_kernel(
         tl.store(out + row * F + cols, value, mask=mask)
     if QUANTIZE:
         rounded = value.to(gate_up.dtype.element_ty).to(tl.float32)
-        _store_fp8(rounded, fp8, scale, row, cols, mask, F)
+        s = _store_fp8(rounded, fp8, scale, row, cols, mask, F + 2 * TWICE)
+        if TWICE:
+            chosen = tl.arange(0, TWICE)
+            at = gate_up + row * stride + tl.load(channels + chosen)
+            v = _act(tl.load(at).to(tl.float32), KIND).to(gate_up.dtype.element_ty)
+            v = v.to(tl.float32) * tl.load(at + F).to(tl.float32)
+            v = v.to(gate_up.dtype.element_ty).to(tl.float32)
+            _store_twice(v, s, fp8 + row * (F + 2 * TWICE) + F + chosen, TWICE)
 
 
 @triton.jit
@@ -289,15 +318,23 @@ def _join_kernel(
 
 @triton.jit
 def _quantize_kernel(
-    x, column_scale, out, scale, stride, D, HAS_COLUMN: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, column_scale, out, scale, channels, stride, D,
+    HAS_COLUMN: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     v = tl.load(x + row * stride + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_COLUMN:
         v = v * tl.load(column_scale + cols, mask=mask, other=0.0)
-    _store_fp8(v, out, scale, row, cols, mask, D)
+    s = _store_fp8(v, out, scale, row, cols, mask, D + 2 * TWICE)
+    if TWICE:
+        chosen = tl.arange(0, TWICE)
+        at = tl.load(channels + chosen)
+        v = tl.load(x + row * stride + at).to(tl.float32)
+        if HAS_COLUMN:
+            v = v * tl.load(column_scale + at)
+        _store_twice(v, s, out + row * (D + 2 * TWICE) + D + chosen, TWICE)
 
 
 _SUMS = 528
@@ -306,6 +343,10 @@ _SUMS = 528
 
 def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
+
+
+def _num(channels_C: Tensor | None) -> int:
+    return 0 if channels_C is None else channels_C.shape[0]
 
 
 def _fp8_like(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -321,17 +362,21 @@ def rms_norm(
     unit_offset: bool,
     quantize: bool = False,
     keep: bool = True,
+    channels_C: Tensor | None = None,
 ) -> tuple[Operand, Tensor]:
     """See `torch_ops.rms_norm`."""
     rows, width = x_TD.shape
     keep = keep or not quantize
     y = torch.empty_like(x_TD) if keep else x_TD
     rstd = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
-    fp8, scale = _fp8_like(rows, width, x_TD.device) if quantize else (x_TD, rstd)
+    twice = _num(channels_C)
+    fp8, scale = _fp8_like(rows, width + 2 * twice, x_TD.device) if quantize else (x_TD, rstd)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(rows,)](
-        x_TD, weight_D, y, fp8, scale, rstd, x_TD.stride(0), width, eps,
-        OFFSET=unit_offset, KEEP=keep, QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+        x_TD, weight_D, y, fp8, scale, rstd, rstd if channels_C is None else channels_C,
+        x_TD.stride(0), width, eps,
+        OFFSET=unit_offset, KEEP=keep, QUANTIZE=quantize, TWICE=twice, BLOCK=block,
+        num_warps=_warps(block),
     )  # fmt: skip
     return Operand(y if keep else None, *((fp8, scale) if quantize else (None, None))), rstd
 
@@ -427,18 +472,25 @@ def rotate_(
 
 
 def glu(
-    gate_up_TF: Tensor, *, activation: Activation, quantize: bool = False, keep: bool = True
+    gate_up_TF: Tensor,
+    *,
+    activation: Activation,
+    quantize: bool = False,
+    keep: bool = True,
+    channels_C: Tensor | None = None,
 ) -> Operand:
     """See `torch_ops.glu`."""
     rows, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
     keep = keep or not quantize
     out = gate_up_TF.new_empty(rows, width) if keep else gate_up_TF
-    fp8, scale = _fp8_like(rows, width, out.device) if quantize else (out, out)
+    twice = _num(channels_C)
+    fp8, scale = _fp8_like(rows, width + 2 * twice, out.device) if quantize else (out, out)
     # A row scale needs the whole row in one program; without one, smaller blocks run faster.
     block = triton.next_power_of_2(width) if quantize else 2048
     _glu_kernel[(rows, triton.cdiv(width, block))](
-        gate_up_TF, out, fp8, scale, gate_up_TF.stride(0), width,
-        KIND=activation, KEEP=keep, QUANTIZE=quantize, BLOCK=block,
+        gate_up_TF, out, fp8, scale, scale if channels_C is None else channels_C,
+        gate_up_TF.stride(0), width,
+        KIND=activation, KEEP=keep, QUANTIZE=quantize, TWICE=twice, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return Operand(out if keep else None, *((fp8, scale) if quantize else (None, None)))
@@ -486,14 +538,17 @@ def join_rotated(
     return out
 
 
-def quantize_rows(x_TD: Tensor, *, column_scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x_TD: Tensor, *, column_scale_D: Tensor | None = None, channels_C: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `torch_ops.quantize_rows`."""
     rows, width = x_TD.shape
-    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x_TD.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x_TD.device)
+    twice = _num(channels_C)
+    out, scale = _fp8_like(rows, width + 2 * twice, x_TD.device)
     block = triton.next_power_of_2(width)
     _quantize_kernel[(rows,)](
-        x_TD, scale if column_scale_D is None else column_scale_D, out, scale, x_TD.stride(0),
-        width, HAS_COLUMN=column_scale_D is not None, BLOCK=block, num_warps=_warps(block),
+        x_TD, scale if column_scale_D is None else column_scale_D, out, scale,
+        scale if channels_C is None else channels_C, x_TD.stride(0), width,
+        HAS_COLUMN=column_scale_D is not None, TWICE=twice, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out, scale

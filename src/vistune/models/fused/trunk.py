@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from vistune.device import has_triton
 from vistune.models.attention import AUTO, Backend, attend_packed, attend_tail
 from vistune.models.fused import torch_ops
+from vistune.models.fused.calibrate import InputChannels, channels_of
+from vistune.models.fused.fp8 import Fp8Linear
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
 from vistune.models.fused.match import NotFusable, fused_layer, refuse, why_not_fusable
-from vistune.models.fused.projection import Fp8Linear, base_of
+from vistune.models.fused.projection import Projection, base_of
 from vistune.models.fused.tail import TailLayer, run_tail
 from vistune.models.offload import InputStore
 from vistune.types import Tail
@@ -168,8 +170,9 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     Args:
         decoder: A transformers decoder (`LlamaModel`, ...), adapters already in place.
         device: Where it runs.
-        fp8: Hold the frozen weights in FP8; the decoder's own linear modules then read them too,
-            without a backward pass.
+        fp8: Hold the frozen weights of all layers but the last in FP8; the decoder's own linear
+            modules then read them too, without a backward pass. Rounding the last layer costs as
+            much as rounding several others, and it is computed at few positions.
 
     Raises:
         NotFusable: See `match`; nothing has been changed then.
@@ -180,28 +183,31 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     layers = [fused_layer(module, decoder.config, index) for index, module in enumerate(modules)]
     width = layers[-1].head_width
     if fp8:
-        for module, layer in zip(modules, layers, strict=True):
-            _to_fp8(module, layer, ops)
+        found = channels_of(layers[:-1], decoder, ops)
+        for module, layer, channels in zip(modules, layers, found, strict=False):
+            _to_fp8(module, layer, channels, ops)
     tail = TailLayer(layers[-1], *layers[-1].qkv.split(layers[-1].num_heads * width))
     return FusedTrunk(layers, tail, decoder.rotary_emb, decoder.norm, ops)  # type: ignore[arg-type]
 
 
-def _to_fp8(module: Any, layer: FusedLayer, ops: ModuleType) -> None:
+def _to_fp8(module: Any, layer: FusedLayer, channels: InputChannels, ops: ModuleType) -> None:
     """Turns a layer's frozen weights into FP8; the layer's own linear modules then read them."""
     a, m = module.self_attn, module.mlp
     places = {
-        layer.qkv: [(a, "q_proj"), (a, "k_proj"), (a, "v_proj")],
-        layer.out: [(a, "o_proj")],
-        layer.gate_up: [(m, "gate_proj"), (m, "up_proj")],
-        layer.down: [(m, "down_proj")],
+        "qkv": [(a, "q_proj"), (a, "k_proj"), (a, "v_proj")],
+        "out": [(a, "o_proj")],
+        "gate_up": [(m, "gate_proj"), (m, "up_proj")],
+        "down": [(m, "down_proj")],
     }
-    for projection, owners in places.items():
-        projection.to_fp8(ops)
+    for place, owners in places.items():
+        projection: Projection = getattr(layer, place)
+        projection.to_fp8(channels[place], ops)
+        assert projection.fp8 is not None
         at = 0
         for owner, name in owners:
             linear = getattr(owner, name)
             width = base_of(linear).out_features
-            stand_in = Fp8Linear(projection, at, at + width, ops)
+            stand_in = Fp8Linear(projection.fp8, projection.bias_O, at, at + width, ops)
             if linear is base_of(linear):
                 setattr(owner, name, stand_in)
             else:
