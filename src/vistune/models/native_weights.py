@@ -64,18 +64,24 @@ def head_passing(model: NativeVLM, *, dtype: torch.dtype) -> PassingBytes:
 def _passing(module: nn.Module, model: NativeVLM, *, dtype: torch.dtype) -> PassingBytes:
     trained = [p.numel() for p in module.parameters() if p.requires_grad]
     return PassingBytes(
-        casts=_casts(module.parameters(), model, dtype=dtype),
+        casts=_casts(module.parameters(), _tables(model), dtype=dtype),
         gradients=4 * sum(trained),
         at_work=dtype.itemsize * max(trained, default=0),
     )
 
 
-def _casts(parameters: Iterable[nn.Parameter], model: NativeVLM, *, dtype: torch.dtype) -> int:
+def _tables(model: NativeVLM) -> frozenset[int]:
+    """Returns the ids of weights that are looked up in and never multiplied by."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return frozenset(tables - {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)})
+
+
+def _casts(
+    parameters: Iterable[nn.Parameter], tables: frozenset[int], *, dtype: torch.dtype
+) -> int:
     """Returns the bytes of 16-bit copies that the forward pass makes of trained weights."""
     if dtype is torch.float32:
         return 0
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     return sum(
         p.numel() * dtype.itemsize
         for p in parameters
@@ -94,10 +100,11 @@ def role_bytes(
         train: Optimizer.
         dtype: Format of frozen weights.
     """
-    compact = _compact(model, tune)
+    compact, tables = _compact(model, tune), _tables(model)
+    module_map = model.module_map
     found = {role: RoleBytes() for role in ROLES}
     for name, parameter in model.named_parameters():
-        role, count = model.module_map.role_of(name), parameter.numel()
+        role, count = module_map.role_of(name), parameter.numel()
         before = found[role]
         if not parameter.requires_grad:
             held = frozen_bytes(parameter, compact.get(id(parameter), "same"))
@@ -107,7 +114,7 @@ def role_bytes(
             before.weights + 4 * count,
             before.gradients + 4 * count,
             before.optimizer + resident_optimizer_bytes(count, train),
-            before.casts + _casts([parameter], model, dtype=dtype),
+            before.casts + _casts([parameter], tables, dtype=dtype),
         )
     return found
 
@@ -115,12 +122,13 @@ def role_bytes(
 def _compact(model: NativeVLM, tune: TuneConfig) -> dict[int, FrozenFormat]:
     """Returns how the weights are held that `models.tune.quantize` may hold in fewer bits."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    module_map = model.module_map
     return {
         id(module.weight): tune.held_format(role)
         for role in QUANTISED_ROLES
         for name, module in model.named_modules()
         if type(module) is nn.Linear
-        and model.module_map.role_of(name) == role
+        and module_map.role_of(name) == role
         and ".lora_" not in name
         and not any(p.requires_grad for p in module.parameters(recurse=False))
         and id(module.weight) not in tables

@@ -23,9 +23,10 @@ from vistune.models.budget import Room
 from vistune.models.kept import LiveBytes
 from vistune.models.memory import WORKSPACE_BYTES, RowSize
 from vistune.models.modes import let_layers_recompute, set_training_mode
-from vistune.models.native import describe_native
+from vistune.models.native import describe_native, native_skeleton
 from vistune.models.native_memory import NativeMemory, native_memory, why_not_predicted
 from vistune.models.native_passes import num_patches
+from vistune.models.native_weights import role_bytes
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import apply_tuning
 from vistune.recipe import Recipe, TrainConfig, TuneConfig
@@ -234,3 +235,25 @@ def test_advice_counts_the_patches_of_the_row_at_hand(folders: Path) -> None:
     assert room.advice([row]).startswith("train.checkpoint_layers=0 is predicted")
     small = replace(room, memory_gib=0.9)
     assert "Even with every layer recomputed" in small.advice([row])
+
+
+def test_counting_weights_takes_time_by_their_number(folders: Path, monkeypatch: Any) -> None:
+    # It once walked the whole model for each trained weight: a third of the time of a plan.
+    facts = describe_native(folder_of(folders, "qwen2_5_vl"))
+    tune, train = TuneConfig.model_validate(TUNES["full"]), TrainConfig(steps=1)
+    with torch.device("meta"):
+        model = native_skeleton(facts).to(torch.bfloat16)
+        apply_tuning(model, tune, seed=0)
+    walks = 0
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal walks
+        walks += self is model
+        return named_modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    found = role_bytes(model, tune=tune, train=train, dtype=torch.bfloat16)
+    parameters = list(model.parameters())
+    assert sum(f.weights for f in found.values()) == 4 * sum(p.numel() for p in parameters)
+    assert walks < 10 < len(parameters)
