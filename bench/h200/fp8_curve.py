@@ -8,11 +8,12 @@ fused layers in bf16, the same in FP8, and transformers' own layers in bf16. The
 measure: two correct bf16 implementations differ by so much. Stage 2 goes on from the bf16 run of
 stage 1. Everything is an ordinary recipe; the curves are compared as `vistune compare runs` does.
 
-Learning rates are LLaVA's (1e-3 for 256 samples, 2e-4 for 128) scaled to the 32 samples of a step
-here. Both stages use a chat template, so that text comes first. Where a row begins with an image
-token, that token becomes the place where a pretrained model's attention drains to; the gradient
-through it can jump with any rounding forward, and two bf16 runs lie further apart than FP8 from
-either.
+Learning rates are LLaVA's (1e-3 for 256 samples, 2e-4 for 128) scaled to the samples of a step
+here. With as many samples a step as pass over the data once in the steps asked for, no sample is
+seen twice, as in LLaVA's own stages. Both stages use a chat template, so that text comes first.
+Where a row begins with an image token, that token becomes the place where a pretrained model's
+attention drains to; the gradient through it can jump with any rounding forward, and two bf16 runs
+lie further apart than FP8 from either.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def recipe(args: argparse.Namespace, stage: int) -> dict[str, Any]:
         "vision_tower": {"path": str(args.tower)},
         "language_model": {"path": str(args.language_model)},
     }
+    rate = args.rate * (1e-3 / 256 if first else 2e-4 / 128) * args.samples
     language: dict[str, Any] = {"mode": "freeze"}
     if not first:
-        language = {"mode": "lora", "rank": args.rank, "alpha": 2 * args.rank, "lr": args.lora_lr}
-    rate = args.connector_lr if first else args.lora_lr
+        language = {"mode": "lora", "rank": args.rank, "alpha": 2 * args.rank, "lr": rate}
     return {
         "name": f"stage{stage}",
         "device": args.device,
@@ -91,9 +92,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--connector-lr", type=float, default=1.25e-4, help="of stage 1")
-    parser.add_argument("--lora-lr", type=float, default=5e-5, help="of stage 2, connector too")
+    parser.add_argument("--samples", type=int, default=20, help="of a step")
+    parser.add_argument("--rate", type=float, default=1.0, help="times LLaVA's learning rates")
     parser.add_argument("--rank", type=int, default=128, help="of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")

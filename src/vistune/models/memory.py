@@ -27,6 +27,7 @@ from vistune.models.anyres import tiles_of
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
+from vistune.models.fused.fp8 import num_channels
 from vistune.models.fused.trunk import why_not_fusable
 from vistune.models.kept import kept_slope, peak_slope
 from vistune.models.layer_memory import LayerBytes, counted_bytes, fused_bytes
@@ -309,7 +310,8 @@ def _role_bytes(
 ) -> dict[RoleName, RoleBytes]:
     """Adds up parameters by role, each counted as it will be held."""
     frozen_format = tune.held_format("language")
-    compact = {id(w): frozen_format for layer in layers for w in _frozen_linear(layer)}
+    rounded = layers[:-1] if frozen_format == "fp8" else layers  # see `fused.trunk.fuse`
+    compact = {id(w): frozen_format for layer in rounded for w in _frozen_linear(layer)}
     # As `models.tune.quantize` rounds them: by role, whatever the tower is built of.
     for name, module in model.named_modules():
         if type(module) is nn.Linear and model.module_map.role_of(name) == "vision":
@@ -344,12 +346,6 @@ def _role_bytes(
         passing += 2 * max(linear) * dtype.itemsize if dtype is not torch.float32 else 0
         language = found["language"]
         found["language"] = replace(language, casts=language.casts + passing)
-    if frozen_format == "fp8":
-        # The last layer's query and key-value projections stand apart: their transposed layout is
-        # a copy.
-        again = sum(w.numel() for w in _query_key_value(layers[-1]))
-        language = found["language"]
-        found["language"] = replace(language, weights=language.weights + again)
     return found
 
 
@@ -361,21 +357,12 @@ def _frozen_linear(module: nn.Module) -> list[Tensor]:
     ]
 
 
-def _query_key_value(layer: nn.Module) -> list[Tensor]:
-    return [
-        m.weight
-        for name, m in layer.named_modules()
-        if isinstance(m, nn.Linear)
-        and ".lora_" not in name
-        and not {"q_proj", "k_proj", "v_proj"}.isdisjoint(name.split("."))
-    ]
-
-
 def frozen_bytes(weight: Tensor, frozen_format: Literal["same", "fp8", "int8", "nf4"]) -> int:
     """Returns the bytes a frozen linear layer's weight [out, in] takes in a format."""
     count, rows = weight.numel(), weight.shape[0]
     if frozen_format == "fp8":
-        return 2 * count + 4 * rows  # both layouts, a scale per output
+        # Both layouts, the columns held twice, a scale per output.
+        return 2 * count + rows * (2 * num_channels(weight.shape[1]) + 4)
     if frozen_format == "int8":
         return count + 4 * rows
     if frozen_format == "nf4":

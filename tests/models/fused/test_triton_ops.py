@@ -26,6 +26,12 @@ def draw(*shape, seed=0, dtype=torch.bfloat16):
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
 
+def some_channels(width):
+    generator = torch.Generator("cuda").manual_seed(7)
+    drawn = torch.randperm(width, generator=generator, device="cuda")[:64]
+    return drawn.sort().values.to(torch.int32)
+
+
 def close(found, expected, tolerance):
     difference = (found.float() - expected.float()).norm()
     assert difference <= tolerance * expected.float().norm()
@@ -37,7 +43,25 @@ def same_operand(found, expected):
     if expected.plain is not None:
         close(found.plain, expected.plain, BF16)
     if expected.fp8 is not None:
-        close(found.fp8.float() * found.scale, expected.fp8.float() * expected.scale, FP8)
+        same_fp8((found.fp8, found.scale), (expected.fp8, expected.scale), expected.plain)
+
+
+def same_fp8(found, expected, plain):
+    """Also compares sums of what is held twice, which a rounding the other way leaves alone."""
+    (values, scale), (values_expected, scale_expected) = found, expected
+    width = values.shape[1] if plain is None else plain.shape[1]
+    assert values.shape == values_expected.shape
+    close(
+        values[:, :width].float() * scale, values_expected[:, :width].float() * scale_expected, FP8
+    )
+    if width == values.shape[1]:
+        return
+    sums = []
+    for part, scales in ((values, scale), (values_expected, scale_expected)):
+        low, high = part[:, width:].float().chunk(2, dim=1)
+        assert low.norm() > 0.01 * high.norm()
+        sums.append((low + high) * scales)
+    close(*sums, BF16)
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])
@@ -45,7 +69,8 @@ def test_rms_norm_both_ways(ops, unit_offset):
     x, weight = draw(ROWS, WIDTH), 1 + 0.1 * draw(WIDTH, seed=1)
     grad, residual = draw(ROWS, WIDTH, seed=2), draw(ROWS, WIDTH, seed=3)
     norm = {"eps": 1e-5, "unit_offset": unit_offset}
-    for forms in ({}, {"quantize": True}, {"quantize": True, "keep": False}):
+    twice = {"quantize": True, "channels_C": some_channels(WIDTH)}
+    for forms in ({}, {"quantize": True}, twice, {"quantize": True, "keep": False}):
         found, rstd = ops.rms_norm(x, weight, **norm, **forms)
         expected, rstd_expected = torch_ops.rms_norm(x, weight, **norm, **forms)
         same_operand(found, expected)
@@ -92,6 +117,9 @@ def test_the_gated_unit_both_ways(ops, activation, quantize):
     gate_up, grad = draw(ROWS, 2 * WIDTH), draw(ROWS, WIDTH, seed=1)
     forward = {"activation": activation, "quantize": quantize}
     same_operand(ops.glu(gate_up, **forward), torch_ops.glu(gate_up, **forward))
+    if quantize:
+        forward["channels_C"] = some_channels(WIDTH)
+        same_operand(ops.glu(gate_up, **forward), torch_ops.glu(gate_up, **forward))
     scale = torch.rand(2 * WIDTH, device="cuda") if quantize else None
     back = {"activation": activation, "column_scale_F": scale, "again": True}
     found, output = ops.glu_backward_(grad, gate_up.clone(), **back)
@@ -134,7 +162,5 @@ def test_keys_get_their_bias_as_they_are_turned(ops, width):
 
 def test_rows_in_fp8(ops):
     x, scale = draw(ROWS, WIDTH), torch.rand(WIDTH, device="cuda")
-    for column_scale in (None, scale):
-        values, scales = ops.quantize_rows(x, column_scale_D=column_scale)
-        expected, expected_scales = torch_ops.quantize_rows(x, column_scale_D=column_scale)
-        close(values.float() * scales, expected.float() * expected_scales, FP8)
+    for forms in ({}, {"column_scale_D": scale}, {"channels_C": some_channels(WIDTH)}):
+        same_fp8(ops.quantize_rows(x, **forms), torch_ops.quantize_rows(x, **forms), x)

@@ -27,9 +27,7 @@ _NUM_TOKENS = 512
 
 
 @torch.no_grad()
-def channels_of(
-    layers: Sequence[FusedLayer], decoder: Any, ops: ModuleType
-) -> list[InputChannels]:
+def channels_of(layers: Sequence[FusedLayer], decoder: Any, ops: ModuleType) -> list[InputChannels]:
     """Returns the large channels of every layer's inputs, adapters left out.
 
     Args:

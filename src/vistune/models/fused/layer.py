@@ -213,7 +213,7 @@ def wants(projection: Projection) -> dict[str, Any]:
     return {
         "quantize": projection.is_fp8,
         "keep": projection.reads_plain,
-        "channels_C": projection.channels_C,
+        "channels_C": projection.channels,
     }
 
 
@@ -261,7 +261,7 @@ def mlp_backward(
     d_active, inner = layer.down.backward(grad, ops)
     d_gate_up, active = ops.glu_backward_(
         d_active, saved.gate_up_TF, activation=layer.activation,
-        column_scale_F=layer.gate_up.scale_O, keep=layer.gate_up.reads_plain,
+        column_scale_F=layer.gate_up.row_scale, keep=layer.gate_up.reads_plain,
         again=layer.down.reads_again,
     )  # fmt: skip
     del d_active

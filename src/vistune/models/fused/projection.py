@@ -1,8 +1,9 @@
 """A linear map, whole or several merged into one product, with optional LoRA adapters.
 
-A frozen base weight is held once in the model's own format, or in FP8 (`fp8`). A trained one is held in fp32, in the storage its
-parameters are views of; it is rounded to the activations' format when it is read, so there is no
-second copy that could fall behind, and its gradient leaves the matrix product in fp32.
+A frozen base weight is held once in the model's own format, or in FP8 (`fp8`). A trained one is
+held in fp32, in the storage its parameters are views of; it is rounded to the activations' format
+when it is read, so there is no second copy that could fall behind, and its gradient leaves the
+matrix product in fp32.
 """
 
 from __future__ import annotations
@@ -105,12 +106,12 @@ class Projection:
         self.weight_OI = None
 
     @property
-    def channels_C(self) -> Tensor | None:
+    def channels(self) -> Tensor | None:
         """Channels of the input that are held twice: int32 [C]."""
         return None if self.fp8 is None else self.fp8.channels_C
 
     @property
-    def scale_O(self) -> Tensor | None:
+    def row_scale(self) -> Tensor | None:
         """Scales of the output rows of an FP8 weight: float32 [out]."""
         return None if self.fp8 is None else self.fp8.scale_O
 
