@@ -184,7 +184,7 @@ def test_repeated_key_heads_are_counted_where_the_kernel_wants_them(tmp_path, mo
 def test_compact_formats():
     weight = torch.empty(64, 512)
     assert frozen_bytes(weight, "same") == 4 * 64 * 512
-    assert frozen_bytes(weight, "fp8") == 2 * 64 * 512 + 4 * 64
+    assert frozen_bytes(weight, "fp8") == 2 * 64 * 512 + 64 * (2 * 64 + 4)  # 64 columns twice
     assert frozen_bytes(weight, "int8") == 64 * 512 + 4 * 64
     assert frozen_bytes(weight, "nf4") == 64 * 256 + 512 + 8
     assert optimizer_bytes(512, "adamw") == 4096 and optimizer_bytes(512, "adamw_8bit") == 1040
