@@ -1,7 +1,8 @@
 """One of transformers' own vision-language models behind vistune's contract.
 
-The model is transformers' class, untouched; its language model attends within samples of a packed
-row through the attention registered in `models.attention`.
+The model is transformers' class; its language model attends within samples of a packed row through
+the attention registered in `models.attention`. Of its modules only projections of patches are
+replaced, by ones that compute the same (`patch_product`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vistune.models.attention import (
 )
 from vistune.models.contract import ModuleMap
 from vistune.models.native.contract import LooksAhead, NativeFamily, SplicedApart, TakesPatches
+from vistune.models.native.patch_product import multiply_patches
 from vistune.types import ImageShape, VisionGrid
 
 INNER = "inner"
@@ -62,6 +64,7 @@ class NativeVLM(nn.Module):
         if isinstance(family, TakesPatches):
             for tower in family.roles.vision:
                 inner.get_submodule(tower).config._attn_implementation = register_patch_attention()
+                multiply_patches(inner.get_submodule(tower))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeVLM:
         """Moves and casts the model, but leaves tables such as rotary frequencies in fp32."""
