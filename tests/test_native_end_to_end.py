@@ -17,6 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "models" / "native"))
 
+from devices import DEVICES, REPEATS
 from native_dirs import KINDS, write_native
 
 from vistune.assembly import Assembled, Origin, load_assembled
@@ -283,6 +284,58 @@ def test_adapters_beside_rounded_weights(shelf: Path, tmp_path: Path, kind: str,
     # off by 0.09 of a weight's norm.
     assert rounded == pytest.approx(plain, rel={"int8": 2e-2, "nf4": 2e-1}[form])
     assert changed_roles(load_assembled(folder), load_assembled(tmp_path / form)) == {"language"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl"])
+def test_runs_beside_rounded_weights_learn_resume_and_are_merged(
+    shelf: Path, tmp_path: Path, kind: str, form: str, device: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = write_native(kind, tmp_path / "model", wide=True)
+
+    def run(name: str, held: str, steps: int, *, resume: bool = False) -> list[float]:
+        language = {"mode": "lora", "rank": 4, "alpha": 8.0, "frozen_format": held}
+        tune = {"connector": {"mode": "full"}, "language": language}
+        changes = {"steps": steps, "lr": 5e-3}
+        # All rows in every step, so that losses of different steps compare.
+        made = recipe(
+            shelf, folder, tmp_path / name, tune, train=changes, batch={"samples": 4}
+        ).recipe
+        chosen = {"device": device, "dtype": {"cpu": "fp32", "cuda": "bf16"}[device]}
+        changed = ResolvedRecipe(made.model_copy(update=chosen), {}, "test")
+        train(changed, resume=resume, console=QUIET)
+        return losses(tmp_path / name)
+
+    plain, rounded = run("plain", "same", 6), run("whole", form, 6)
+    assert rounded[-1] < rounded[0] and rounded != plain
+    # As in the test above.
+    assert rounded == pytest.approx(plain, rel={"int8": 2e-2, "nf4": 2e-1}[form])
+    run("parts", form, 3)
+    assert run("parts", form, 6, resume=True) == pytest.approx(rounded, rel=REPEATS[device], abs=0)
+
+    # What answers are adapters merged into weights that were never rounded.
+    merged = load_assembled(tmp_path / "whole")
+    assert changed_roles(load_assembled(folder), merged) == {"connector", "language"}
+    written = export_model(tmp_path / "whole", to="hf", output=tmp_path / "hf")
+    assert torch.equal(logits(load_assembled(written)), logits(merged))
+    beside = export_model(tmp_path / "whole", to="adapter", output=tmp_path / "adapter")
+    expected = logits_of_adapter(folder, beside, merged)
+    assert float((logits(merged) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@torch.no_grad()
+def logits_of_adapter(base: Path, adapter: Path, asked: Assembled) -> Tensor:
+    """Returns what transformers and peft make of an exported adapter on its unrounded base."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    plain = AutoModelForImageTextToText.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
+    found: Tensor = PeftModel.from_pretrained(plain, str(adapter)).eval()(**inputs_of(asked)).logits
+    return found
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -34,3 +34,16 @@ def test_what_was_never_tried_is_not_measured():
 
 def test_free_memory_of_a_cpu_is_half_the_machines():
     assert free_memory_gib(select_device("cpu")) > 0
+
+
+@pytest.mark.parametrize(("share", "free_gib"), [(1.0, 90), (0.25, 34)])
+def test_memory_beyond_a_cap_is_not_free(monkeypatch, share, free_gib):
+    asked = {
+        "mem_get_info": (90 * 2**30, 140 * 2**30),
+        "get_per_process_memory_fraction": share,
+        "memory_reserved": 2**30,
+    }
+    for name, value in asked.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    card = Device(torch.device("cuda", 0), "test", torch.bfloat16)
+    assert free_memory_gib(card) == free_gib

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from devices import DEVICES, REPEATS
 from rich.console import Console
 from safetensors.torch import load_file
 from test_loop import losses, resolved
@@ -15,6 +16,7 @@ from vistune.recipe import Recipe, ResolvedRecipe
 from vistune.train import train
 
 QUIET = Console(quiet=True)
+DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,13 @@ def wide(tiny, tmp_path_factory):
     return folder
 
 
-def qlora(tiny, folder, form, language_model, **train_changes):
+def qlora(tiny, folder, form, language_model, *, device="cpu", **train_changes):
     language = {"mode": "lora", "rank": 4, "alpha": 8, "frozen_format": form}
     made = resolved(
         tiny,
         folder,
+        device=device,
+        dtype=DTYPE[device],
         tune={"connector": {"mode": "full"}, "language": language},
         train={"steps": 4, "schedule": "constant", "warmup_frac": 0, "lr": 1e-2, **train_changes},
     )
@@ -51,29 +55,56 @@ def longer(recipe, steps):
     return ResolvedRecipe(recipe.recipe.model_copy(update={"train": changed}), {}, "test")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw"])
-def test_a_run_learns_and_resumes_as_if_never_stopped(tiny, wide, tmp_path, optimizer, form):
+def test_a_run_learns_and_resumes_as_if_never_stopped(
+    tiny, wide, tmp_path, optimizer, form, device
+):
     pytest.importorskip("bitsandbytes")
-    whole = qlora(tiny, tmp_path / "a", form, wide, optimizer=optimizer)
+    chosen = {"optimizer": optimizer, "device": device}
+    whole = qlora(tiny, tmp_path / "a", form, wide, **chosen)
     train(whole, console=QUIET)
-    parts = qlora(tiny, tmp_path / "b", form, wide, optimizer=optimizer)
+    parts = qlora(tiny, tmp_path / "b", form, wide, **chosen)
     train(longer(parts, 2), console=QUIET)
     train(parts, resume=True, console=QUIET)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    same = REPEATS[device]
+    for one, other in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        # The gradient's norm moves more than the loss where additions change their order.
+        assert other[:2] == pytest.approx(one[:2], rel=same, abs=0)
+        assert other[2] == pytest.approx(one[2], rel=20 * same, abs=0)
     assert losses(tmp_path / "a")[-1][1] < losses(tmp_path / "a")[0][1]
     saved = [
         load_file(tmp_path / which / "checkpoints/step_00000004/weights.safetensors")
         for which in "ab"
     ]
-    assert all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
+    assert saved[0].keys() == saved[1].keys()
+    # Adam's first steps are as large as the rate, whichever way a gradient of rounding points.
+    if device == "cpu":
+        assert all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
     # Only what trains is saved: no rounded weight leaves the process.
     assert all(".lora_" in name or name.startswith("connector") for name in saved[0])
 
 
-def test_tower_and_language_model_are_held_in_formats_of_their_own(tiny, wide, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("form", "near"), [("int8", 1e-2), ("nf4", 5e-2)])
+def test_losses_are_near_those_of_weights_that_are_not_rounded(
+    tiny, wide, tmp_path, form, near, device
+):
     pytest.importorskip("bitsandbytes")
-    whole = qlora(tiny, tmp_path / "a", "int8", wide)
+    for name in ("same", form):
+        train(qlora(tiny, tmp_path / name, name, wide, device=device), console=QUIET)
+    plain, rounded = (losses(tmp_path / name) for name in ("same", form))
+    assert plain != rounded
+    for (_, expected, _), (_, loss, _) in zip(plain, rounded, strict=True):
+        # A weight is off by a part in 100 of its row (int8) or by 0.09 of its norm (nf4).
+        assert loss == pytest.approx(expected, rel=near)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tower_and_language_model_are_held_in_formats_of_their_own(tiny, wide, tmp_path, device):
+    pytest.importorskip("bitsandbytes")
+    whole = qlora(tiny, tmp_path / "a", "int8", wide, device=device)
     vision = {"mode": "lora", "rank": 2, "frozen_format": "nf4"}
     tree = whole.recipe.model_dump(mode="json", exclude_none=True)
     tree["tune"]["vision"] = vision
@@ -111,12 +142,15 @@ def test_sample_answers_leave_gradients_through_rounded_layers_alone(tiny, wide,
     assert all(norm > 0 for _, _, norm in losses(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_answers_come_from_adapters_merged_into_unrounded_weights(tiny, wide, tmp_path, form):
+def test_answers_come_from_adapters_merged_into_unrounded_weights(
+    tiny, wide, tmp_path, form, device
+):
     pytest.importorskip("bitsandbytes")
     from vistune.assembly import load_assembled
 
-    train(qlora(tiny, tmp_path / "a", form, wide), console=QUIET)
+    train(qlora(tiny, tmp_path / "a", form, wide, device=device), console=QUIET)
     model = load_assembled(tmp_path / "a").model
     base = load_file(wide / "model.safetensors")
     saved = load_file(tmp_path / "a/checkpoints/step_00000004/weights.safetensors")

@@ -62,9 +62,16 @@ def _products_s(device: Device, side: int, *, rounds: int) -> list[float]:
 
 
 def free_memory_gib(device: Device) -> float:
-    """Returns the memory that is free on a device now; half of the machine's own for others."""
+    """Returns the memory this process may take on a device now; half of the machine's for others.
+
+    On a CUDA device that is what is free, and no more than a cap that torch was set to leaves
+    (`torch.cuda.set_per_process_memory_fraction`, or the allocator's own setting).
+    """
     if device.kind == "cuda":
-        return torch.cuda.mem_get_info(device.torch_device)[0] / 2**30
+        where = device.torch_device
+        free, total = torch.cuda.mem_get_info(where)
+        allowed = torch.cuda.get_per_process_memory_fraction(where) * total
+        return min(free, max(0.0, allowed - torch.cuda.memory_reserved(where))) / 2**30
     if device.kind == "npu":
         return torch.accelerator.get_memory_info(device.torch_device)[0] / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**31
