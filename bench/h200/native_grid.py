@@ -1,22 +1,26 @@
 """Predicted and measured peak memory of transformers' own vision-language models at real sizes.
 
-    python bench/h200/native_grid.py [--limit-s 420] [--rows SUBSTRING] [--tiny] [--predict]
+    python bench/h200/native_grid.py [--limit-s 420] [--rows NAME ...] [--tiny]
+        [--predict | --measure]
 
 Every row builds its model of random numbers on the device (nothing is read or written), sets it up
 as `vistune train` does, runs optimizer steps on one drawn row of images of several sizes through
 the functions that training runs (`LossModule`, `backward_step`, the optimizer), and prints
-predicted and measured peak, the steps' times and what attention runs as. `--predict` only predicts,
-for a GPU, wherever it runs. `--tiny` shrinks every model, to try the script on a CPU (nothing is
-measured there).
+predicted and measured peak, what attention runs as, and the median time of five steps after two of
+warm-up. `--rows` takes whole names of rows, which then run alone, or parts of names. Rows that need
+liger-kernel or bitsandbytes are left out, and said, where these do not run. `--predict` only
+predicts, for a GPU, wherever it runs; `--measure` only measures. `--tiny` shrinks every model, to
+try the script on a CPU (nothing is measured there).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
+import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,7 @@ from vistune.data.collate import pack_row
 from vistune.errors import VistuneError
 from vistune.models.attention.install import install_attention
 from vistune.models.budget import usable_bytes
+from vistune.models.compiled import compile_blocks
 from vistune.models.facts import ModelFacts
 from vistune.models.kernels import has_liger, install_kernels
 from vistune.models.memory import RowSize
@@ -38,6 +43,7 @@ from vistune.models.native_memory import native_memory
 from vistune.models.native_passes import num_patches
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import Tuning, apply_tuning
+from vistune.models.tune.quantize import quantize_frozen
 from vistune.recipe import TrainConfig, TuneConfig
 from vistune.types import EncodedSample, ImageDefaults
 
@@ -45,6 +51,7 @@ _GRIDS = ((46, 62), (24, 36), (80, 54), (32, 32), (16, 70))
 """Rows and columns of patches of images of any size, in turn."""
 _TILES = (7, 5, 13, 1, 4)
 """Tiles of images that are cut, in turn; a tower of squares sees one of each."""
+_WARM_UP, _TIMED = 2, 5
 
 
 @dataclass(frozen=True)
@@ -58,20 +65,25 @@ class Row:
     tower_layers: int = 0
     vision: str = "freeze"
     kernels: str = "torch"
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         extra = f" recompute {self.layers}" if self.layers else ""
         extra += f" {self.kernels}" if self.kernels != "torch" else ""
+        extra += " compiled" if self.compiled else ""
         extra += f" tower {self.vision}" if self.vision != "freeze" else ""
         extra += f" tower recompute {self.tower_layers}" if self.tower_layers else ""
         return f"{self.model} {self.mode} {self.tokens}{extra}"
 
     @property
     def tune(self) -> TuneConfig:
+        lora = {"mode": "lora", "rank": 64, "alpha": 128}
         language = {
             "frozen": {"mode": "freeze"},
-            "lora": {"mode": "lora", "rank": 64, "alpha": 128},
+            "lora": lora,
+            "qlora-nf4": {**lora, "frozen_format": "nf4"},
+            "qlora-int8": {**lora, "frozen_format": "int8"},
             "full": {"mode": "full"},
         }[self.mode]
         # A tied head trains with the language model.
@@ -90,13 +102,24 @@ ROWS = (
     Row("qwen2.5-vl-7b", "frozen", 12288),
     Row("qwen2.5-vl-3b", "lora", 12288),
     Row("qwen2.5-vl-3b", "lora", 12288, kernels="liger"),
+    Row("qwen2.5-vl-3b", "lora", 8192),
+    Row("qwen2.5-vl-3b", "lora", 8192, kernels="liger"),
+    Row("qwen2.5-vl-3b", "lora", 8192, compiled=True),
+    Row("qwen2.5-vl-3b", "qlora-nf4", 8192),
+    Row("qwen2.5-vl-3b", "qlora-int8", 8192),
+    Row("qwen2.5-vl-7b", "qlora-nf4", 16384, layers=28),
     Row("qwen2.5-vl-3b", "full", 8192),
+    Row("qwen2.5-vl-3b", "full", 8192, kernels="liger"),
     Row("qwen2.5-vl-3b", "full", 16384, layers=36),
     Row("qwen2.5-vl-3b", "lora", 8192, vision="full"),
     Row("qwen2.5-vl-3b", "lora", 8192, vision="full", tower_layers=32),
     Row("qwen3-vl-4b", "lora", 12288),
     Row("qwen3-vl-4b", "frozen", 16384, layers=18),
     Row("internvl3-2b", "lora", 16384),
+    Row("internvl3-2b", "lora", 8192),
+    Row("internvl3-2b", "lora", 8192, kernels="liger"),
+    Row("internvl3-2b", "lora", 8192, compiled=True),
+    Row("internvl3-2b", "qlora-nf4", 8192),
     Row("internvl3-2b", "full", 8192, vision="full"),
     Row("smolvlm-2.2b", "lora", 12288),
     Row("smolvlm-2.2b", "full", 8192, layers=12),
@@ -138,7 +161,7 @@ def facts_of(row: Row, *, tiny: bool, untied: bool = False) -> ModelFacts:
 
 def _shrink(values: dict[str, Any]) -> None:
     text, vision = values["text_config"], values["vision_config"]
-    text |= {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 96}
+    text |= {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     if "mrope_section" in text.get("rope_parameters", {}):
         text["rope_parameters"]["mrope_section"] = [4, 6, 6]
@@ -212,9 +235,16 @@ def size_of(row: Any, model: NativeVLM) -> RowSize:
 
 
 def run(
-    case: Row, *, device: torch.device, dtype: torch.dtype, tiny: bool, kind: str, measure: bool
+    case: Row,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tiny: bool,
+    kind: str,
+    predict: bool = True,
+    measure: bool = True,
 ) -> dict[str, Any]:
-    """Predicts and measures one configuration."""
+    """Predicts and measures one configuration, or does one of both."""
     facts = facts_of(case, tiny=tiny)
     depth = int(facts.text_config.num_hidden_layers)
     layers = min(case.layers, depth)
@@ -223,47 +253,52 @@ def run(
             "steps": 2,
             "checkpoint_tower_layers": case.tower_layers,
             "kernels": case.kernels,
+            "compile": "blocks" if case.compiled else False,
         }
     )
-    started_s = time.perf_counter()
-    memory = native_memory(facts, tune=case.tune, train=train, dtype=dtype, kind=kind)
-    planning_s = time.perf_counter() - started_s
     with torch.device("meta"):
         described = native_skeleton(facts)
     row = draw_row(case.tokens if not tiny else 2000, described)
     size = size_of(row, described)
-    predicted = memory.predict(size, checkpoint_layers=layers)
     found: dict[str, Any] = {
         "row": case.name,
         "tokens": row.num_tokens,
         "images": row.num_samples,
         "patches": size.num_patches,
         "targets": row.num_targets,
-        "predicted_gib": round(predicted.peak_gib, 3),
-        "phase": predicted.phase,
-        "planning_s": round(planning_s, 1),
     }
+    if predict:
+        started_s = time.perf_counter()
+        memory = native_memory(facts, tune=case.tune, train=train, dtype=dtype, kind=kind)
+        found["planning_s"] = round(time.perf_counter() - started_s, 1)
+        predicted = memory.predict(size, checkpoint_layers=layers)
+        found["predicted_gib"] = round(predicted.peak_gib, 3)
+        found["phase"] = predicted.phase
+        total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 1 << 62
+        if measure and predicted.peak > usable_bytes(total / 2**30):
+            return found | {"note": "predicted not to fit, not run"}
     if not measure:
         return found
-    fits = usable_bytes(torch.cuda.mem_get_info()[1] / 2**30) if device.type == "cuda" else 1 << 62
-    if predicted.peak > fits:
-        return found | {"note": "predicted not to fit, not run"}
     model = build(facts, device=device, dtype=dtype)
     with torch.device(device):
         tuning = apply_tuning(model, case.tune, seed=0)
-    times, attention, is_finite = run_steps(
-        model, tuning, row, train=train, num_recomputed=layers, device=device, dtype=dtype
+    set_up = set_up_steps(
+        model, tuning, train=train, num_recomputed=layers, device=device, dtype=dtype
     )
-    found["attention"] = attention
-    found["loss_is_finite"] = is_finite
+    times, sums = timed_steps(
+        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=_WARM_UP + _TIMED
+    )
+    found["runs_as"], found["loss_is_finite"] = set_up, sums.is_finite
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated() / 2**30
         found["measured_gib"] = round(measured, 3)
-        found["error"] = round(predicted.peak_gib / measured - 1, 4)
+        if predict:
+            found["error"] = round(predicted.peak_gib / measured - 1, 4)
         found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
         found["standing_gib"] = round(torch.cuda.memory_allocated() / 2**30, 3)
-    found["step_s"] = [round(s, 3) for s in times]
-    found["tokens_per_s"] = round(row.num_tokens / min(times))
+    step_s = statistics.median(times[_WARM_UP:])
+    found["step_s"], found["tokens_per_s"] = round(step_s, 4), round(row.num_tokens / step_s)
+    found["steps_s"] = [round(s, 3) for s in times]
     return found
 
 
@@ -289,24 +324,24 @@ def build(facts: ModelFacts, *, device: torch.device, dtype: torch.dtype) -> Nat
     return model
 
 
-def run_steps(
+def set_up_steps(
     model: NativeVLM,
     tuning: Tuning,
-    row: Any,
     *,
     train: TrainConfig,
     num_recomputed: int,
     device: torch.device,
     dtype: torch.dtype,
-    num_steps: int = 4,
-) -> tuple[Sequence[float], str, bool]:
-    """Runs optimizer steps on one row.
+) -> str:
+    """Puts in place how a model computes, as a run does; peak memory is counted from here on.
 
     Returns:
-        The steps' times in seconds without the first one, what attention and kernels run as, and
-        whether the last loss was finite.
+        What attention, kernels and frozen weights run as.
     """
     tune = tuning.tune
+    held = tune.held_format("language")
+    if held == "int8" or held == "nf4":
+        quantize_frozen(model, "language", held, dtype=dtype, device=device)
     set_training_mode(model, tune, model.module_map)
     set_checkpoint_layers(model, num_recomputed)
     if train.checkpoint_tower_layers:
@@ -318,42 +353,63 @@ def run_steps(
         dtype=dtype,
         device=device,
         drops_weights=tune.language.mode != "freeze",
+        opaque=bool(train.compile),
     )
-    kernels = install_kernels(model, wanted=train.kernels, fused=False, device=device)
+    said = [attention.language.name, attention.vision.name, f"frozen weights {held}"]
+    said.append(str(install_kernels(model, wanted=train.kernels, fused=False, device=device)))
+    if train.compile:
+        said.append(
+            compile_blocks(
+                model, mode=train.compile, fused=False, attention=attention.language.name
+            )
+        )
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times, sums = timed_steps(
-        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=num_steps
-    )
-    runs_as = f"{attention.language.name}; {attention.vision.name}; {kernels}"
-    return times[1:], runs_as, sums.is_finite
+    return "; ".join(said)
+
+
+def is_asked_for(row: Row, asked: list[str]) -> bool:
+    """Whether a row is named, whole or in part; a whole name is that row's alone."""
+    names = {other.name for other in ROWS}
+    return any(row.name == name or (name not in names and name in row.name) for name in asked)
+
+
+def why_left_out(row: Row, *, tiny: bool) -> str | None:
+    """Returns which package a row needs that does not run here, or None."""
+    if row.kernels == "liger" and (tiny or not has_liger()):
+        return "liger-kernel"
+    needs_bits = row.mode.startswith("qlora")
+    missing = importlib.util.find_spec("bitsandbytes") is None
+    return "bitsandbytes" if needs_bits and missing else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit-s", type=float, default=420.0, help="start no row after this")
-    parser.add_argument("--rows", default="", help="rows whose name contains this")
+    parser.add_argument("--rows", nargs="*", default=[""], help="names of rows, or parts of them")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--predict", action="store_true", help="measure nothing")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--predict", action="store_true", help="measure nothing")
+    one.add_argument("--measure", action="store_true", help="predict nothing")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     dtype = torch.float32 if args.tiny and not args.predict else torch.bfloat16
     kind = "cuda" if args.predict else device.type
     started_s, found = time.perf_counter(), []
-    for case in ROWS:
-        if args.rows not in case.name:
-            continue
+    for case in [case for case in ROWS if is_asked_for(case, args.rows)]:
         if time.perf_counter() - started_s > args.limit_s:
             print(f"no time left for {case.name}")
             continue
-        if case.kernels == "liger" and not args.predict and (args.tiny or not has_liger()):
-            print(f"left out, liger-kernel does not run here: {case.name}")
+        missing = None if args.predict else why_left_out(case, tiny=args.tiny)
+        if missing is not None:
+            print(f"left out, {missing} does not run here: {case.name}")
             continue
         try:
             made = run(
                 case, device=device, dtype=dtype, tiny=args.tiny, kind=kind,
-                measure=not args.predict,
+                predict=not args.measure, measure=not args.predict,
             )  # fmt: skip
         except (RuntimeError, VistuneError) as error:  # out of memory is one of them
             made = {"row": case.name, "note": str(error).splitlines()[0][:160]}
@@ -362,6 +418,7 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        torch.compiler.reset()
     errors = [abs(row["error"]) for row in found if "error" in row]
     if errors:
         print(
