@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+DEVICE_OF = torch.ops.prim.device.default
+"""What a tensor without storage is asked for before most operations; it makes nothing."""
+
 
 def kept_slope(
     model: nn.Module,
@@ -141,6 +144,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is DEVICE_OF:
+            return result
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._enter(tensor)

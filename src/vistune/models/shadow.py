@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vistune.models.kept import LiveBytes, NormsInFp32
+from vistune.models.kept import DEVICE_OF, LiveBytes, NormsInFp32
 
 _SMALL = 4096
 """Numbers up to which what is made of nothing (tables, ranges) is computed."""
@@ -112,6 +112,8 @@ class _RealIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two of three calls: to ask it costs as much as a product
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
