@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vistune.assembly import draw
 from vistune.cli.app import app
 from vistune.data.check import check_sources
-from vistune.errors import RegistryError
+from vistune.errors import RegistryError, VistuneError
 from vistune.plan import make_plan, settle
 from vistune.plan.devices import KNOWN_DEVICES
 from vistune.recipe import Recipe
@@ -145,3 +145,33 @@ def test_whatever_trains_has_a_time(tree, mode, fused):
     made = make_plan(Recipe.model_validate(tree), device="h200")
     assert made.room.memory.fused == (fused == "auto")
     assert made.row_seconds is not None and made.row_seconds >= made.row_tflop / 790
+
+
+FP8 = {"connector": {"mode": "full"}, "language": {"mode": "freeze", "frozen_format": "fp8"}}
+DROPPED = {"mode": "lora", "rank": 2, "dropout": 0.1, "frozen_format": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("device", "tune", "train", "where"),
+    [
+        ("a100-80", FP8, {}, "tune.language.frozen_format: this device does not multiply FP8"),
+        ("npu-64", FP8, {}, "tune.language.frozen_format: this device does not multiply FP8"),
+        ("h200", FP8, {"fused": "off"}, "tune.language.frozen_format: FP8 runs in fused layers"),
+        ("h200", {"language": DROPPED}, {}, "tune.language.frozen_format: FP8 runs in fused"),
+        ("4090", {}, {"attention": "cudnn"}, "train.attention: attention 'cudnn' cannot be used"),
+        ("npu-64", {}, {"attention": "varlen"}, "train.attention: attention 'varlen' cannot be"),
+        ("h200", {}, {"checkpoint_layers": 3}, "train.checkpoint_layers: the language model has 2"),
+    ],
+)
+def test_what_a_run_would_refuse_there_is_no_plan(tree, device, tune, train, where):
+    tree["tune"] = tune
+    tree["train"] |= train
+    with pytest.raises(VistuneError, match=where):
+        make_plan(Recipe.model_validate(tree), device=device)
+
+
+def test_what_runs_there_is_planned(tree):
+    tree["tune"] = FP8
+    assert make_plan(Recipe.model_validate(tree), device="4090").room.memory.fused
+    tree["train"] |= {"attention": "cudnn", "checkpoint_layers": 2}
+    assert make_plan(Recipe.model_validate(tree), device="h100").settled.checkpoint_layers == 2

@@ -19,10 +19,10 @@ def plan(
         str | None, typer.Option(help="A known device (h200, a100-80, 4090, ...); else this one.")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="Memory of the device in GiB, when it is another.")
+        float | None, typer.Option(min=0, help="Memory of the device in GiB, when it is another.")
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="Price of an hour of it, for the cost of the run.")
+        float | None, typer.Option(min=0, help="Price of an hour of it, for the cost of the run.")
     ] = None,
     data: Annotated[
         bool, typer.Option("--data", help="Read the rows' lengths for the longest row and steps.")

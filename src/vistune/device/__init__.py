@@ -127,6 +127,16 @@ def _cpu_name() -> str:
     return next(filter(None, names), platform.processor() or platform.machine())
 
 
+def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU, None for any other device.
+
+    Torch gives AMD's GPUs numbers of their own in its place, which say nothing of what these do.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def has_triton(device: torch.device) -> bool:
     """Returns whether Triton kernels run on a device; imports nothing."""
     return device.type == "cuda" and _triton_is_installed()

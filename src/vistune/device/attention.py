@@ -8,13 +8,15 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from vistune.device import nvidia_capability
 from vistune.errors import DeviceError
 
 AttentionName: TypeAlias = Literal["varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
 WantedAttention: TypeAlias = Literal["auto", "varlen", "cudnn", "flex", "sdpa", "npu", "flash_attn"]
+HOPPER = (9, 0)
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_HEAD = 256
-_USUAL_HEAD = 64
+USUAL_HEAD = 64
 _PACKAGES: dict[str, tuple[str, str]] = {
     "npu": ("torch_npu", "npu"),
     "cudnn": ("nvidia-cudnn-frontend", "cudnn"),
@@ -61,14 +63,9 @@ class AttentionSupport:
     @classmethod
     def of(cls, device: torch.device) -> AttentionSupport:
         """Looks at a device and at what is installed; imports nothing."""
-        hopper = (
-            device.type == "cuda"
-            and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) == (9, 0)
-        )
         return cls(
             device.type,
-            hopper,
+            nvidia_capability(device) == HOPPER,
             flash_version(),
             npu=find_spec("torch_npu") is not None,
             cudnn=find_spec("cudnn") is not None,
@@ -153,7 +150,7 @@ def require_attention(wanted: WantedAttention, device: torch.device, dtype: torc
     Raises:
         DeviceError: Device, package or number format stand in the way.
     """
-    choose_attention(wanted, AttentionSupport.of(device), AttentionNeeds(_USUAL_HEAD, dtype))
+    choose_attention(wanted, AttentionSupport.of(device), AttentionNeeds(USUAL_HEAD, dtype))
 
 
 def choose_attention(

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from vistune.device import nvidia_capability
 from vistune.errors import DeviceError, MissingExtraError
 
+_FP8_CAPABILITY = (8, 9)
 _KERNEL_NOTICE = "Failed to load CPU gemm_4bit_forward"
 _CAST_NOTICE = "MatMul8bitLt: inputs will be cast from"
 
@@ -71,12 +73,25 @@ def require_fp8(device: torch.device) -> None:
     Raises:
         DeviceError: It does not.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+    require_fp8_capability(nvidia_capability(device), name=str(device))
+
+
+def require_fp8_capability(capability: tuple[int, int] | None, *, name: str) -> None:
+    """As `require_fp8`, for a device that need not be here.
+
+    Args:
+        capability: NVIDIA's compute capability; None for devices of other makers.
+        name: The device, for the message.
+
+    Raises:
+        DeviceError: It does not multiply FP8.
+    """
+    if capability is not None and capability >= _FP8_CAPABILITY:
         return
     raise DeviceError(
         "this device does not multiply FP8",
         where="tune.language.frozen_format",
-        got=str(device),
+        got=name,
         expected="an NVIDIA GPU of compute capability 8.9 or higher",
         fix="set tune.language.frozen_format=same",
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vistune.device import Device
+from vistune.device import Device, nvidia_capability
 from vistune.device.peak import free_memory_gib, measure_matmul_tflops
 from vistune.registry import Registry
 
@@ -29,6 +29,7 @@ class KnownDevice:
         is_measured: Whether `tflops` was measured (else a maker's figure).
         kind: `cuda` (NVIDIA, ROCm, DCU), `npu` or `cpu`.
         has_bf16: Whether bf16 is computed in hardware.
+        capability: NVIDIA's compute capability; None for devices of other makers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class KnownDevice:
     is_measured: bool = False
     kind: str = "cuda"
     has_bf16: bool = True
+    capability: tuple[int, int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,15 +55,15 @@ class KnownDevice:
 
 KNOWN_DEVICES: Registry[KnownDevice] = Registry("device")
 for _device in (
-    KnownDevice("h200", 139.7, 790.0, is_measured=True),
-    KnownDevice("h100", 79.1, 989.0),
-    KnownDevice("a100-80", 79.2, 312.0),
-    KnownDevice("a100-40", 39.4, 312.0),
-    KnownDevice("l40s", 44.4, 362.0),
-    KnownDevice("a10", 22.0, 125.0),
-    KnownDevice("4090", 23.5, 165.0),
-    KnownDevice("3090", 23.6, 71.0),
-    KnownDevice("t4", 14.6, None, has_bf16=False),
+    KnownDevice("h200", 139.7, 790.0, is_measured=True, capability=(9, 0)),
+    KnownDevice("h100", 79.1, 989.0, capability=(9, 0)),
+    KnownDevice("a100-80", 79.2, 312.0, capability=(8, 0)),
+    KnownDevice("a100-40", 39.4, 312.0, capability=(8, 0)),
+    KnownDevice("l40s", 44.4, 362.0, capability=(8, 9)),
+    KnownDevice("a10", 22.0, 125.0, capability=(8, 6)),
+    KnownDevice("4090", 23.5, 165.0, capability=(8, 9)),
+    KnownDevice("3090", 23.6, 71.0, capability=(8, 6)),
+    KnownDevice("t4", 14.6, None, has_bf16=False, capability=(7, 5)),
     KnownDevice("dcu-16", 16.0, None, has_bf16=False),
     KnownDevice("dcu-32", 32.0, None, has_bf16=False),
     KnownDevice("dcu-64", 64.0, None),
@@ -76,5 +78,11 @@ def present_device(device: Device) -> KnownDevice:
     rate = measure_matmul_tflops(device)
     has_bf16 = device.dtype is torch.bfloat16
     return KnownDevice(
-        device.name, free_memory_gib(device), rate, rate is not None, device.kind, has_bf16
+        device.name,
+        free_memory_gib(device),
+        rate,
+        rate is not None,
+        device.kind,
+        has_bf16,
+        nvidia_capability(device.torch_device),
     )

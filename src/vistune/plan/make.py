@@ -15,7 +15,16 @@ import torch
 
 from vistune.assembly import draw
 from vistune.device import select_device
+from vistune.device.attention import (
+    HOPPER,
+    USUAL_HEAD,
+    AttentionNeeds,
+    AttentionSupport,
+    choose_attention,
+)
+from vistune.device.bits import require_fp8_capability
 from vistune.device.peak import free_memory_gib
+from vistune.errors import ModelError
 from vistune.models.budget import Room, Settled, usable_bytes
 from vistune.models.flops import RowLengths, row_flops
 from vistune.models.memory import Prediction, RowSize
@@ -101,11 +110,14 @@ def make_plan(
 
     Raises:
         RegistryError: No such device is known.
-        ModelError: The model is not there, or cannot be planned.
+        DeviceError: A run would refuse a setting on that device.
+        ModelError: The model is not there, cannot be planned, or lacks what a setting asks for.
     """
     blueprint = blueprint or draw(recipe)
     target = target_of(recipe, device, memory_gib=memory_gib)
+    _require_runs_there(recipe, target)
     room = _room(recipe, blueprint, target)
+    _require_runs(recipe, room)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
     row, num_steps = room.fullest(settled.max_tokens), recipe.train.steps
@@ -142,6 +154,44 @@ def make_plan(
         cost=cost,
         from_data=read_data,
     )
+
+
+def _require_runs_there(recipe: Recipe, target: KnownDevice) -> None:
+    """Refuses what a run would refuse on a device; packages that may lack there are not asked for.
+
+    Raises:
+        DeviceError: The device has not what a setting names.
+    """
+    support = AttentionSupport(
+        target.kind, hopper=target.capability == HOPPER, flash=2, npu=True, cudnn=True
+    )
+    needs = AttentionNeeds(USUAL_HEAD, dtype_of(recipe, target))
+    choose_attention(recipe.train.attention, support, needs)
+    if recipe.tune.held_format("language") == "fp8":
+        require_fp8_capability(target.capability, name=target.name)
+
+
+def _require_runs(recipe: Recipe, room: Room) -> None:
+    """Refuses what a run would refuse for its model.
+
+    Raises:
+        ModelError: It has fewer layers, or none that run fused.
+    """
+    layers, there = recipe.train.checkpoint_layers, room.memory.num_layers
+    if layers != "auto" and layers > there:
+        raise ModelError(
+            f"the language model has {there} layers",
+            where="train.checkpoint_layers",
+            got=str(layers),
+            expected=f"0 to {there}",
+        )
+    if recipe.tune.held_format("language") == "fp8" and not room.memory.fused:
+        raise ModelError(
+            "FP8 runs in fused layers, and these do not run fused: train.fused=off, adapters with"
+            " dropout or DoRA, or layers without a fused form",
+            where="tune.language.frozen_format",
+            fix="set tune.language.frozen_format=same, or change what stands in the way",
+        )
 
 
 def settle(recipe: Recipe, blueprint: Blueprint) -> Recipe:
