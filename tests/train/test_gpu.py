@@ -149,7 +149,7 @@ def test_a_row_that_does_not_fit_is_said_before_step_1_and_the_advice_fits(
     assert not (folder / "metrics.jsonl").exists() or not metrics(folder)
     del caught
     gc.collect()
-    assert torch.cuda.memory_allocated() < 0.1 * 2**30  # the model is let go
+    assert torch.cuda.memory_allocated() < 0.25 * 2**30  # libraries' workspaces stay
 
     # The same directory, with nothing but the advised setting.
     changed = long_recipe(tiny, long_rows, folder, checkpoint_layers=layers)
