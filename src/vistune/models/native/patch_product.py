@@ -1,9 +1,9 @@
 """The projection of patches as one matrix product, where a model writes it as a 3-D convolution.
 
 Towers that take patches of any image end to end hold their projection as a convolution whose kernel
-is as large as a patch. On a GPU such a convolution runs patch by patch in 16 bits (one launch or
-more for each; transformers issue 45750), which for a row of 30,000 patches takes longer than the
-whole tower. The weight, its name and its shape stay.
+is as large as a patch, with every patch an input of its own. Torch and cuDNN have only slow ways of
+computing that on some GPUs in 16 bits (transformers issue 45750). The weight, its name and its
+shape stay.
 """
 
 from __future__ import annotations
