@@ -11,6 +11,7 @@ from tiny_parts import composed, encoder
 from vistune.data.encode import Encoder
 from vistune.data.template.pieces import PieceTemplate
 from vistune.generate import Prompt, generate, score_choices, stream
+from vistune.generate import score as scoring
 from vistune.models.compose import ComposedVLM
 from vistune.types import Turn
 
@@ -150,3 +151,24 @@ def test_choices_are_scored_as_in_training(loaded: tuple[ComposedVLM, Encoder]) 
         )
         assert score == pytest.approx(expected, rel=1e-4)
         assert mean == pytest.approx(expected / len(answer), rel=1e-4)
+
+
+@torch.no_grad()
+def test_scoring_never_holds_the_logits_of_all_choices(
+    loaded: tuple[ComposedVLM, Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 4 choices of 500 tokens and a vocabulary of 256k are 2 GiB in fp32, three times over.
+    model, coder = loaded
+    choices = ["yes", "no", "perhaps so"]
+    whole = score_choices(model, coder, PROMPTS[0], choices)
+    logits, asked = model.logits, []
+
+    def counted(hidden_MD: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden_MD))
+        return logits(hidden_MD)
+
+    monkeypatch.setattr(model, "logits", counted)
+    width = int(model.config.get_text_config().vocab_size)
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 3 * width + 1)
+    assert score_choices(model, coder, PROMPTS[0], choices) == pytest.approx(whole, rel=1e-5)
+    assert max(asked) == 3 and len(asked) > 3

@@ -12,6 +12,7 @@ from vistune.data.collate import pack_row
 from vistune.data.encode import Encoder
 from vistune.generate.decode import AnsweringModel, Prompt, one_dtype
 from vistune.models.contract import VisionLanguageModel
+from vistune.recipe.sizes import LOGITS_PER_CHUNK
 from vistune.types import EncodedSample, ImageRef, Sample, Turn
 
 _NO_LIMIT = 2**31
@@ -53,16 +54,33 @@ def score_choices(
     try:
         with one_dtype(answering, device):
             hidden = model.hidden_states(**row.model_inputs())
-            logits_MV = model.logits(hidden[0, row.target_index_M]).float()
+            losses_M = _losses(model, hidden[0, row.target_index_M], row.target_ids_M)
     finally:
         answering.train(training)
-    losses_M = F.cross_entropy(logits_MV, row.target_ids_M, reduction="none")
     num = len(samples)
     sums = torch.zeros(num, device=device).index_add_(0, row.target_sample_M, -losses_M)
     if per_token:
         counts: Any = torch.bincount(row.target_sample_M, minlength=num).clamp(min=1)
         sums = sums / counts
     return [float(value) for value in sums]
+
+
+def _losses(
+    model: VisionLanguageModel,
+    hidden_MD: torch.Tensor,
+    target_ids_M: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the negative log-likelihood [M] of each target; few of the logits exist at once."""
+    vocabulary = model.logits(hidden_MD[:1]).shape[-1]
+    chunks = (
+        torch.split(t, max(1, LOGITS_PER_CHUNK // vocabulary)) for t in (hidden_MD, target_ids_M)
+    )
+    return torch.cat(
+        [
+            F.cross_entropy(model.logits(hidden).float(), ids, reduction="none")
+            for hidden, ids in zip(*chunks, strict=True)
+        ]
+    )
 
 
 def _conversations(encoder: Encoder, prompt: Prompt, choices: Sequence[str]) -> list[EncodedSample]:
