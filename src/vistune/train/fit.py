@@ -289,8 +289,7 @@ class _Steps:
             return
         state = random_state(job.device.torch_device)
         for data_step, most in job.rehearsals.items():
-            # The longest row last: by then the gradients of the rows before it exist too.
-            rows = sorted(next(job.data.steps(data_step)), key=lambda row: row.num_tokens)
+            rows = next(job.data.steps(data_step))
             what = f"while rehearsing {most}, before the first step"
             with self._out_of_memory_explained(rows, what=what):
                 # The optimizer makes its state at the first update, so a fresh run has none yet.
