@@ -15,6 +15,7 @@ DEVICES = [
 ]
 """For `pytest.mark.parametrize("device", DEVICES)`."""
 
-REPEATS = {"cpu": 0.0, "cuda": 2e-4}
-"""Relative difference of two runs of the same arithmetic: none on a CPU; on a GPU atomic additions
-may come in another order, in bf16."""
+REPEATS = {"cpu": 0.0, "cuda": 1e-3}
+"""Relative difference of the losses of two runs of the same arithmetic: none on a CPU. On a GPU
+atomic additions may come in another order, and Adam's first steps are as large as the rate for the
+smallest gradient too."""

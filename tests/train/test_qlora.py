@@ -87,7 +87,7 @@ def test_a_run_learns_and_resumes_as_if_never_stopped(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("form", "near"), [("int8", 1e-2), ("nf4", 5e-2)])
+@pytest.mark.parametrize(("form", "near"), [("int8", 1e-3), ("nf4", 1e-2)])
 def test_losses_are_near_those_of_weights_that_are_not_rounded(
     tiny, wide, tmp_path, form, near, device
 ):
@@ -97,7 +97,7 @@ def test_losses_are_near_those_of_weights_that_are_not_rounded(
     plain, rounded = (losses(tmp_path / name) for name in ("same", form))
     assert plain != rounded
     for (_, expected, _), (_, loss, _) in zip(plain, rounded, strict=True):
-        # A weight is off by a part in 100 of its row (int8) or by 0.09 of its norm (nf4).
+        # Four times what a CPU shows in fp32 and bf16: weights are off by 0.01 and 0.09 of their norm.
         assert loss == pytest.approx(expected, rel=near)
 
 
