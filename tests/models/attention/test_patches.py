@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "native"))
 from native_dirs import write_native
 
 from vistune.assembly import load_assembled
+from vistune.device.attention import AttentionChoice
 from vistune.errors import ModelError
-from vistune.models.attention import is_patch_name
+from vistune.models.attention import install, is_patch_name
 from vistune.models.attention.install import install_attention
 from vistune.models.attention.patches import patch_attention
 from vistune.models.attention.per_sample import PerSample
@@ -84,6 +85,17 @@ def test_the_choice_is_said_and_put_in_place(tmp_path: Path) -> None:
     assert is_patch_name(tower._attn_implementation)
     assert tower._attn_implementation.endswith("sdpa")
     assert torch.equal(features(model), before)
+
+
+@pytest.mark.parametrize("named", ["cudnn", "flex", "npu"])
+def test_one_named_for_the_language_model_alone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: Any
+) -> None:
+    model: Any = load_assembled(write_native("qwen2_5_vl", tmp_path / "model")).model
+    monkeypatch.setattr(install, "choose_attention", lambda *_: AttentionChoice("sdpa", "a test"))
+    where = torch.device("cpu")
+    done = install_attention(model, wanted=named, dtype=torch.float32, device=where)
+    assert done.vision.name == "sdpa" and f"; {named} is for the language" in done.vision.reason
 
 
 def test_what_is_no_such_tower_is_refused() -> None:

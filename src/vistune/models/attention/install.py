@@ -178,4 +178,6 @@ def _install_patches(
     reason = "images of any size end to end"
     if wanted == best and obstacle is not None:
         reason += f"; not {best}: {obstacle}"
+    elif wanted not in ("auto", name):
+        reason += f"; {wanted} is for the language model's causal rows"
     return AttentionChoice(name, reason)
