@@ -3,10 +3,11 @@
     python bench/h200/fp8_curve.py FOLDER --tower DIR --language-model DIR --data DIR [--steps 300]
 
 Tower and language model are pretrained ones (the quick start fetches small ones); DATA holds
-stage1.json, stage2.json and images/ in LLaVA's format. Three runs a stage, equal but for the trunk:
-fused layers in bf16, the same in FP8, and transformers' own layers in bf16. The last one is the
-measure: two correct bf16 implementations differ by so much. Stage 2 goes on from the bf16 run of
-stage 1. Everything is an ordinary recipe; the curves are compared as `vistune compare runs` does.
+stage1.json, stage2-long.json and images/ in LLaVA's format, as bench/clipart.py and
+bench/long_answers.py make them. Three runs a stage, equal but for the trunk: fused layers in bf16,
+the same in FP8, and transformers' own layers in bf16. The last one is the measure: two correct bf16
+implementations differ by so much. Stage 2 goes on from the bf16 run of stage 1. Everything is an
+ordinary recipe; the curves are compared as `vistune compare runs` does.
 
 Learning rates are LLaVA's (1e-3 for 256 samples, 2e-4 for 128) scaled to the samples of a step
 here. With as many samples a step as pass over the data once in the steps asked for, no sample is
@@ -46,7 +47,8 @@ def recipe(args: argparse.Namespace, stage: int) -> dict[str, Any]:
         "vision_tower": {"path": str(args.tower)},
         "language_model": {"path": str(args.language_model)},
     }
-    rate = args.rate * (1e-3 / 256 if first else 2e-4 / 128) * args.samples
+    samples = int(args.samples.split(",")[0 if first else -1])
+    rate = args.rate * (1e-3 / 256 if first else 2e-4 / 128) * samples
     language: dict[str, Any] = {"mode": "freeze"}
     if not first:
         language = {"mode": "lora", "rank": args.rank, "alpha": 2 * args.rank, "lr": rate}
@@ -61,12 +63,15 @@ def recipe(args: argparse.Namespace, stage: int) -> dict[str, Any]:
         },
         "data": {
             "train": [
-                {"path": str(args.data / f"stage{stage}.json"), "images": str(args.data / "images")}
+                {
+                    "path": str(args.data / ("stage1.json" if first else args.stage2)),
+                    "images": str(args.data / "images"),
+                }
             ],
             "template": args.template,
             "image": {"mode": "resize"},
         },
-        "batch": {"max_tokens": 8192, "samples": args.samples},
+        "batch": {"max_tokens": args.max_tokens, "samples": samples},
         "train": {"steps": args.steps, "lr": rate, "schedule": "cosine", "warmup_frac": 0.03},
         "save": {"every_steps": args.steps},
         "log": {"progress": False, "tensorboard": False},
@@ -92,19 +97,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=20, help="of a step")
+    parser.add_argument("--samples", default="20,16", help="of a step in stage 1, stage 2")
+    parser.add_argument("--stage2", default="stage2-long.json", help="file of stage 2")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of a row")
     parser.add_argument("--rate", type=float, default=1.0, help="times LLaVA's learning rates")
     parser.add_argument("--rank", type=int, default=128, help="of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--trunks", default="bf16,fp8,plain", help="bf16 first")
+    parser.add_argument("--stages", default="1,2", help="where trunks are compared")
     parser.add_argument("--keep", action="store_true", help="do not repeat runs that are there")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     trunks, missed = args.trunks.split(","), []
     for stage in (1, 2):
-        runs = {trunk: run(args, stage, trunk) for trunk in trunks}
-        for trunk in trunks[1:]:
+        wanted = trunks if str(stage) in args.stages else trunks[:1]
+        runs = {trunk: run(args, stage, trunk) for trunk in wanted}
+        for trunk in wanted[1:]:
             found = compare_runs(runs["bf16"], runs[trunk])
             if found.other_data_at is not None:
                 sys.exit(f"stage {stage}: not the same data from step {found.other_data_at} on")
