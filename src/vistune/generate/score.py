@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,10 @@ from vistune.data.collate import pack_row
 from vistune.data.encode import Encoder
 from vistune.generate.decode import AnsweringModel, Prompt, one_dtype
 from vistune.models.contract import VisionLanguageModel
+from vistune.models.splice import splice
+from vistune.models.spliced import SplicedLanguageModel
 from vistune.recipe.sizes import LOGITS_PER_CHUNK
-from vistune.types import EncodedSample, ImageRef, Sample, Turn
+from vistune.types import Batch, EncodedSample, ImageRef, Sample, Turn
 
 _NO_LIMIT = 2**31
 
@@ -26,10 +29,12 @@ def score_choices(
     choices: Sequence[str],
     *,
     per_token: bool = True,
+    max_tokens: int = 8192,
 ) -> list[float]:
     """Returns a score for every answer to a prompt; the highest is the likeliest.
 
-    An answer's tokens include what the template puts at its end, as in training.
+    An answer's tokens include what the template puts at its end, as in training. The prompt stands
+    in front of every answer, so that many answers make several rows.
 
     Args:
         model: The model, on its device.
@@ -38,6 +43,7 @@ def score_choices(
         choices: The answers.
         per_token: Log-probability over the number of tokens, so that a long answer is not worse
             for being long; False for the sum.
+        max_tokens: Most tokens of a row, images included; a longer answer has a row to itself.
 
     Returns:
         One number per answer, at most 0.
@@ -48,21 +54,85 @@ def score_choices(
     samples = _conversations(encoder, prompt, choices)
     answering = cast("AnsweringModel", model)
     device = next(answering.parameters()).device
-    row = pack_row(samples).to(device)
     training = answering.training
     answering.train(False)
     try:
         with one_dtype(answering, device):
-            hidden = model.hidden_states(**row.model_inputs())
-            losses_M = _losses(model, hidden[0, row.target_index_M], row.target_ids_M)
+            images_KD = _image_embeddings(model, samples[0], device) if samples else None
+            found = [
+                _scores(model, group, images_KD, device, per_token=per_token)
+                for group in _rows(samples, max_tokens)
+            ]
     finally:
         answering.train(training)
+    return [score for scores_S in found for score in scores_S.tolist()]
+
+
+def _rows(samples: Sequence[EncodedSample], max_tokens: int) -> Iterator[list[EncodedSample]]:
+    """Yields the samples of each row, in order; at least one."""
+    group: list[EncodedSample] = []
+    num_tokens = 0
+    for sample in samples:
+        if group and num_tokens + sample.input_ids.size > max_tokens:
+            yield group
+            group, num_tokens = [], 0
+        group.append(sample)
+        num_tokens += sample.input_ids.size
+    if group:
+        yield group
+
+
+def _scores(
+    model: VisionLanguageModel,
+    samples: list[EncodedSample],
+    images_KD: torch.Tensor | None,
+    device: torch.device,
+    *,
+    per_token: bool,
+) -> torch.Tensor:
+    """Returns the scores [S] of the samples of one row."""
+    if images_KD is not None:
+        samples = [replace(sample, pixel_values=[]) for sample in samples]
+    row = pack_row(samples).to(device)
+    hidden_BTD = _hidden_states(model, row, images_KD)
+    losses_M = _losses(model, hidden_BTD[0, row.target_index_M], row.target_ids_M)
     num = len(samples)
-    sums = torch.zeros(num, device=device).index_add_(0, row.target_sample_M, -losses_M)
+    sums_S = torch.zeros(num, device=device).index_add_(0, row.target_sample_M, -losses_M)
     if per_token:
-        counts: Any = torch.bincount(row.target_sample_M, minlength=num).clamp(min=1)
-        sums = sums / counts
-    return [float(value) for value in sums]
+        counts_S: Any = torch.bincount(row.target_sample_M, minlength=num).clamp(min=1)
+        sums_S = sums_S / counts_S
+    return sums_S
+
+
+def _image_embeddings(
+    model: VisionLanguageModel, sample: EncodedSample, device: torch.device
+) -> torch.Tensor | None:
+    """Returns the embeddings [K, D] of the prompt's images, which stand in front of every answer.
+
+    None where there is no image, or where the model takes images only together with the text.
+    """
+    if not isinstance(model, SplicedLanguageModel) or not sample.pixel_values:
+        return None
+    row = pack_row([sample]).to(device)
+    embeds_BTD = model.embed(row.input_ids_BT, row.pixel_values_NCYX, row.image_shapes)
+    return embeds_BTD[row.input_ids_BT == model.image_token_id]
+
+
+def _hidden_states(
+    model: VisionLanguageModel, row: Batch, images_KD: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the hidden states [1, T, D] of a row whose samples all have the same images."""
+    if images_KD is None:
+        return model.hidden_states(**row.model_inputs())
+    assert isinstance(model, SplicedLanguageModel)
+    at_image_BT = row.input_ids_BT == model.image_token_id
+    text_BTD = model.get_input_embeddings()(row.input_ids_BT.masked_fill(at_image_BT, 0))
+    return model.decode(
+        splice(text_BTD, at_image_BT, images_KD.repeat(row.num_samples, 1)),
+        position_ids_BT=row.position_ids_BT,
+        cu_seqlens=row.cu_seqlens,
+        max_seqlen=row.max_seqlen,
+    )
 
 
 def _losses(
@@ -84,18 +154,19 @@ def _losses(
 
 
 def _conversations(encoder: Encoder, prompt: Prompt, choices: Sequence[str]) -> list[EncodedSample]:
-    return [
-        encoder.encode(
-            Sample(
-                id=f"choice {index}",
-                source="choices",
-                where="choices",
-                turns=(*prompt.turns, Turn("assistant", (choice,))),
-                # `encode` takes opened pictures as well as files.
-                images=cast("tuple[ImageRef, ...]", tuple(prompt.images)),
-            ),
-            max_tokens=_NO_LIMIT,
-            overlong="error",
+    """Returns the prompt with each answer; its images are read once."""
+    samples: list[EncodedSample] = []
+    for index, choice in enumerate(choices):
+        sample = Sample(
+            id=f"choice {index}",
+            source="choices",
+            where="choices",
+            turns=(*prompt.turns, Turn("assistant", (choice,))),
+            # `encode` takes opened pictures as well as files.
+            images=cast("tuple[ImageRef, ...]", tuple(prompt.images)),
         )
-        for index, choice in enumerate(choices)
-    ]
+        encoded = encoder.encode(
+            sample, max_tokens=_NO_LIMIT, overlong="error", with_pixels=index == 0
+        )
+        samples.append(replace(encoded, pixel_values=(samples or [encoded])[0].pixel_values))
+    return samples

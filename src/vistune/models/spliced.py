@@ -95,7 +95,32 @@ class SplicedLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         image_shapes: tuple[ImageShape, ...] = (),
     ) -> Tensor:
         """Runs one packed row up to and including the final norm; see `contract`."""
-        embeds_BTD = self.embed(input_ids_BT, pixel_values_NCYX, image_shapes)
+        return self.decode(
+            self.embed(input_ids_BT, pixel_values_NCYX, image_shapes),
+            position_ids_BT=position_ids_BT,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+
+    def decode(
+        self,
+        embeds_BTD: Tensor,
+        *,
+        position_ids_BT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+    ) -> Tensor:
+        """Runs the language model over a packed row of embeddings, up to the final norm.
+
+        Args:
+            embeds_BTD: [1, T, D]; see `embed`.
+            position_ids_BT: int64 [1, T], restarting with every sample.
+            cu_seqlens: int32 [S + 1].
+            max_seqlen: Tokens of the longest sample.
+
+        Returns:
+            [1, T, D].
+        """
         if self.fused is not None:
             return self.fused.hidden_states(
                 embeds_BTD, position_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
