@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,5 +122,26 @@ def test_images_of_the_longest_row_are_counted(tmp_path: Path) -> None:
     )
     made = make_plan(one, device="h200", read_data=True)
     # 64 pixels become 4 x 4 tokens of 4 patches, and the marks around them count as tokens too.
-    assert made.from_data and made.row.num_patches == 4 * (4 * 4 + 2)
+    assert made.which == "the longest row" and made.row.num_patches == 4 * (4 * 4 + 2)
     assert made.row.num_pairs == made.row.num_tokens**2 and made.row_tflop is not None
+
+
+def test_a_row_of_images_may_need_more_than_a_longer_one(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    rows: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate((("<image>\nq", "a"), ("q", "a" * 50))):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "conversations": turns})
+    rows[0]["image"] = "0.png"
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    one = recipe(
+        write_native("qwen2_vl", tmp_path / "model"),
+        data={"train": [{"path": str(tmp_path / "d.json"), "images": str(tmp_path)}], "workers": 0},
+        batch={"samples": 1, "max_tokens": 512},
+        tune={**TUNE, "vision": {"mode": "full"}},
+    )
+    made = make_plan(one, device="h200", read_data=True)
+    assert made.which == "the row with most image tokens"
+    assert made.row.num_patches == 4 * (4 * 4 + 2) and made.row.num_tokens == 42
+    longest = replace(made.row, num_tokens=72, num_patches=0, num_pairs=72**2)
+    assert made.prediction.peak > made.room.memory.predict(longest).peak

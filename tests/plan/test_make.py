@@ -1,10 +1,12 @@
 """A plan by the public function and by the command, for devices that are not here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 from family_dirs import write_family
+from PIL import Image
 from tiny_parts import parts
 from typer.testing import CliRunner
 
@@ -105,7 +107,7 @@ def test_lengths_are_read_when_asked_for(tree, tmp_path):
     tree["batch"] = {"samples": 2, "max_tokens": 4096}
     tree["train"] = {"epochs": 2}
     made = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
-    assert made.num_steps == 6 and made.from_data
+    assert made.num_steps == 6 and made.which == "the longest row"
     assert made.row.num_images == 0 and made.row.num_rows == 1
     # Bytes are tokens here: the longest of three pairs holds the row of 40 and another.
     assert 2 * 40 < made.row.num_tokens < 4096
@@ -125,6 +127,57 @@ def test_lengths_are_read_when_asked_for(tree, tmp_path):
     padded = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
     assert padded.row.num_tokens == 4096 and padded.row.num_targets == made.row.num_targets
     assert padded.step_seconds == pytest.approx(padded.row_seconds)
+
+
+def with_rows(tree, tmp_path, texts, *, images=()):
+    """Gives a recipe rows of these answers, some of them with images."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
+    rows = []
+    for number, text in enumerate(texts):
+        question = "<image>\nq" if number in images else "q"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
+        picture = {"image": "0.png"} if number in images else {}
+        rows.append({"id": str(number), "conversations": turns} | picture)
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    source = {"path": str(tmp_path / "d.json"), "images": str(tmp_path)}
+    tree["data"] = {"train": [source], "template": "vicuna_v1", "workers": 0, "shuffle": False}
+    tree["train"] = {"epochs": 1}
+
+
+def test_a_shorter_row_behind_another_may_need_more_than_the_longest(tree, tmp_path):
+    # Two steps: the longest sample, and two rows nearly as long, one beside the other's gradients.
+    with_rows(tree, tmp_path, ["a" * 400, "a" * 390, "a" * 380])
+    tree["tune"] = {"language": {"mode": "full"}}
+    tree["batch"] = {"tokens": 1400, "max_tokens": 700}
+    recipe = Recipe.model_validate(tree)
+    made = make_plan(recipe, device="h200", read_data=True)
+    report = check_sources(
+        recipe.data.train,
+        draw(recipe).encoder,
+        max_tokens=700,
+        overlong="error",
+        workers=0,
+    )
+    assert made.which == "the longest row behind another" and made.row.num_rows == 2
+    assert made.row.num_tokens < report.lengths.max()
+    first = replace(made.row, num_tokens=int(report.lengths.max()), num_rows=1)
+    assert made.prediction.peak > made.room.memory.predict(first).peak
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(app, ["plan", str(file), "--device", "h200", "--data"])
+    assert done.exit_code == 0 and "longest row behind another" in " ".join(done.output.split())
+
+
+def test_images_of_a_row_are_its_own(tree, tmp_path):
+    # Of two rows about as long the one with images needs more, and all images are in it.
+    with_rows(tree, tmp_path, ["a" * 9, "a", "a"], images=(1, 2))
+    tree["batch"] = {"samples": 1, "max_tokens": 700}
+    tree["tune"] = {"vision": {"mode": "full"}}
+    made = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
+    assert (made.which, made.row.num_images) == ("the row with most image tokens", 1)
+    with_rows(tree, tmp_path, ["a" * 400, "a", "a"], images=(1, 2))
+    made = make_plan(Recipe.model_validate(tree), device="h200", read_data=True)
+    assert (made.which, made.row.num_images) == ("the longest row", 0)
 
 
 @pytest.mark.parametrize("kind", ["cogvlm2", "visualglm", "mgm-2b"])

@@ -25,7 +25,7 @@ def plan(
         float | None, typer.Option(min=0, help="Price of an hour of it, for the cost of the run.")
     ] = None,
     data: Annotated[
-        bool, typer.Option("--data", help="Read the rows' lengths for the longest row and steps.")
+        bool, typer.Option("--data", help="Read the rows' lengths for the heaviest rows and steps.")
     ] = False,
 ) -> None:
     """Predict memory, time and cost; choose row length and recomputed layers; read no weights."""
@@ -82,7 +82,7 @@ def _print(made: Plan, *, price: float | None) -> None:
     ]
     print_table(
         f"and for a row of {row.num_tokens:,} tokens, {row.num_images} images{patches},"
-        f" {row.num_targets:,} targets ({'the longest of the data' if made.from_data else 'full'})",
+        f" {row.num_targets:,} targets ({'full' if made.which is None else made.which})",
         ("kind", "GiB"),
         [(kind, f"{n / gib:.2f}") for kind, n in kinds],
     )

@@ -76,14 +76,25 @@ def fullest_row(
         tiles: How pictures are cut into tiles; the tower then sees several views of each, which
             are what is counted.
     """
+    num_views = most_views(num_tokens, grid, tiles=tiles, num_beside=_TEXT_TOKENS)
+    return RowSize(num_tokens, num_views, num_tokens // 2, num_tokens, num_rows)
+
+
+def most_views(
+    num_tokens: int, grid: VisionGrid, *, tiles: TilesConfig | None = None, num_beside: int = 0
+) -> int:
+    """Returns the most images that a tower sees where so many tokens stand for them.
+
+    Args:
+        num_tokens: How many.
+        grid: Image tokens of a picture.
+        tiles: How pictures are cut into tiles.
+        num_beside: Of the tokens, how many stand beside each picture for other things.
+    """
     side = grid.fixed_size_px or grid.patch_px * grid.downsample * 16
     view = grid.num_tokens(side, side)
-    if tiles is None:
-        num_views = -(-num_tokens // (view + _TEXT_TOKENS))
-    else:
-        shapes = (square_of(one, view) for one in tiles.grids)
-        num_views = max(-(-num_tokens // (each + _TEXT_TOKENS)) * views for each, views in shapes)
-    return RowSize(num_tokens, num_views, num_tokens // 2, num_tokens, num_rows)
+    shapes = ((view, 1),) if tiles is None else (square_of(one, view) for one in tiles.grids)
+    return max(-(-num_tokens // (each + num_beside)) * views for each, views in shapes)
 
 
 def fullest_native_row(num_tokens: int, memory: NativeMemory, *, num_rows: int = 2) -> RowSize:

@@ -55,12 +55,13 @@ class RowSize:
     """What of a step decides its memory.
 
     Args:
-        num_tokens: Tokens of its longest row.
+        num_tokens: Tokens of one of its rows.
         num_images: Images of that row.
         num_targets: Target tokens of that row.
         num_tail_tokens: Positions the last layer is computed at, from the first target of each
             sample on.
-        num_rows: Rows of the step; with several, gradients exist while activations do.
+        num_rows: Rows of the step up to this one; behind another, gradients exist while
+            activations do.
         num_patches: Patches of that row's images, for models whose images have any size.
         num_pairs: Squared lengths of its samples with images, summed, for models whose tokens see
             ahead.

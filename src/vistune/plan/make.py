@@ -25,7 +25,7 @@ from vistune.device.attention import (
 from vistune.device.bits import require_fp8_capability
 from vistune.device.peak import free_memory_gib
 from vistune.errors import ModelError
-from vistune.models.budget import Room, Settled, usable_bytes
+from vistune.models.budget import Room, Settled, most_views, usable_bytes
 from vistune.models.flops import RowLengths, row_flops
 from vistune.models.memory import Prediction, RowSize
 from vistune.models.native_memory import NativeMemory
@@ -34,6 +34,8 @@ from vistune.recipe import Recipe, sizes
 
 if TYPE_CHECKING:
     from vistune.assembly import Blueprint
+    from vistune.data.heaviest import HeavyRow
+    from vistune.data.report import CheckReport
 
 REACHED_FRAC = {
     ("fused", "freeze"): 0.74,
@@ -55,7 +57,8 @@ class Plan:
     Args:
         device: The device.
         settled: The recipe's row length and recomputed layers, `auto` replaced.
-        row: The row that is predicted.
+        row: The row that is predicted: of several, the one that needs most.
+        which: What is most in that row, where it is of the data; None: the fullest of its length.
         prediction: Its memory.
         room: The model and the device.
         row_seconds: Estimated time of that row; None where the device's rate or the model's cost is
@@ -66,12 +69,12 @@ class Plan:
             `batch.samples` fill is in the data alone.
         run_seconds: Estimated time of the run, or None.
         cost: `run_seconds` times the price an hour, or None.
-        from_data: Whether `row` is the data's own longest row (else the fullest of its length).
     """
 
     device: KnownDevice
     settled: Settled
     row: RowSize
+    which: str | None
     prediction: Prediction
     room: Room
     row_seconds: float | None
@@ -80,7 +83,6 @@ class Plan:
     step_seconds: float | None
     run_seconds: float | None
     cost: float | None
-    from_data: bool
 
     @property
     def fits(self) -> bool:
@@ -104,8 +106,8 @@ def make_plan(
         device: Name of a known device; the present one when left out.
         memory_gib: Its memory, when it is another.
         price_per_hour: What an hour of it costs, in any currency.
-        read_data: Read the rows' lengths (text and image headers) for the longest row that will
-            really be made and the number of steps.
+        read_data: Read the rows' lengths (text and image headers) for the rows that a run would
+            rehearse and the number of steps.
         blueprint: The recipe's model, where it is described already.
 
     Raises:
@@ -120,16 +122,17 @@ def make_plan(
     _require_runs(recipe, room)
     settled = room.settle(recipe)
     recipe = settled.apply(recipe)
-    row, num_steps = room.fullest(settled.max_tokens), recipe.train.steps
+    which, row, num_steps = None, room.fullest(settled.max_tokens), recipe.train.steps
     rows_per_step: float | None = None
     if recipe.batch.tokens is not None:
         rows_per_step = max(1.0, recipe.batch.tokens / settled.max_tokens)
         row = replace(row, num_rows=round(rows_per_step))
-    if read_data:
-        row, num_steps, rows_per_step = _from_data(recipe, blueprint, room)
-        if recipe.train.compile == "static_blocks":  # every row is filled up to this
-            row = replace(row, num_tokens=max(row.num_tokens, settled.max_tokens))
     prediction = room.memory.predict(row, checkpoint_layers=settled.checkpoint_layers)
+    if read_data:
+        read = _read(recipe, blueprint, room)
+        num_steps = read.num_steps
+        which, row, prediction = _largest(read, room, settled.checkpoint_layers)
+        rows_per_step = read.tokens_per_step / row.num_tokens
     tflop, seconds = _row_time(recipe, room, row, target, settled)
     step_seconds = None
     if seconds is not None and rows_per_step is not None:
@@ -144,6 +147,7 @@ def make_plan(
         device=target,
         settled=settled,
         row=row,
+        which=which,
         prediction=prediction,
         room=room,
         row_seconds=seconds,
@@ -152,7 +156,6 @@ def make_plan(
         step_seconds=step_seconds,
         run_seconds=run_seconds,
         cost=cost,
-        from_data=read_data,
     )
 
 
@@ -245,18 +248,32 @@ def _room(recipe: Recipe, blueprint: Blueprint, target: KnownDevice) -> Room:
     )
 
 
-def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSize, int, float]:
-    """Reads lengths, plans the first epoch, and returns its longest row, steps and rows a step.
+@dataclass(frozen=True)
+class _Read:
+    """What the data says: the rows that may need most memory, steps, tokens of a step's rows."""
 
-    The rows of a step are counted in rows as long as the longest, as time goes by tokens.
+    rows: tuple[tuple[str, RowSize], ...]
+    num_steps: int
+    tokens_per_step: float
+
+
+def _read(recipe: Recipe, blueprint: Blueprint, room: Room) -> _Read:
+    """Reads lengths and plans the first epoch.
+
+    Args:
+        recipe: Settled.
+        blueprint: The recipe's model.
+        room: Knows its images.
     """
     from vistune.data.check import check_sources
+    from vistune.data.heaviest import heaviest_rows
     from vistune.data.loader import TrainData
 
+    most = recipe.batch.row_tokens
     report = check_sources(
         recipe.data.train,
         blueprint.encoder,
-        max_tokens=recipe.batch.row_tokens,
+        max_tokens=most,
         overlong=recipe.data.overlong,
         workers=recipe.data.workers,
     )
@@ -266,31 +283,45 @@ def _from_data(recipe: Recipe, blueprint: Blueprint, room: Room) -> tuple[RowSiz
         steps = sizes.num_steps(recipe.train, data.steps_per_epoch)
     finally:
         data.close()
-    lengths, seen = np.asarray(report.lengths), np.asarray(report.image_tokens)
-    rows = [
-        (int(lengths[list(row)].sum()), len(plan.rows), tuple(row))
-        for plan in plans
-        for row in plan.rows
-    ]
-    tokens, num_rows, samples = max(rows)
-    mine = list(samples)
-    share = tokens / max(1, report.num_tokens)
-    num_images = -(-int(report.num_images * share * 1000) // 1000)
-    if room.tiles is not None:  # the tower's views: at most as many as fill such a row
-        num_images = room.fullest(tokens).num_images
-    size = RowSize(
+    filled = recipe.train.compile == "static_blocks"  # every row is filled up to one length
+    rows = []
+    for heavy in heaviest_rows(plans, report.lengths, report.image_tokens):
+        size = _size(heavy, report, room)
+        rows.append((heavy.what, replace(size, num_tokens=most) if filled else size))
+    samples = [row for plan in plans for row in plan.rows]
+    tokens = len(samples) * most
+    if not filled:
+        tokens = sum(int(report.lengths[list(row)].sum()) for row in samples)
+    return _Read(tuple(rows), steps, tokens / max(1, len(plans)))
+
+
+def _size(heavy: HeavyRow, report: CheckReport, room: Room) -> RowSize:
+    """Returns what of a row decides its memory; targets are taken as spread evenly over tokens."""
+    mine = list(heavy.samples)
+    lengths = report.lengths[mine].astype(np.int64)
+    tokens, seen = int(lengths.sum()), int(report.image_tokens[mine].sum())
+    num_images = most_views(seen, room.grid, tiles=room.tiles)
+    if room.tiles is None and room.grid.fixed_size_px is not None:  # all have as many tokens
+        num_images = -(-report.num_images * seen // max(1, report.num_image_tokens))
+    targets = int(report.num_target_tokens * tokens / max(1, report.num_tokens))
+    return RowSize(
         num_tokens=tokens,
         num_images=num_images,
-        num_targets=int(report.num_target_tokens * share),
-        num_tail_tokens=int(report.num_target_tokens * share),
-        num_rows=num_rows,
-        num_patches=_patches(room, int(seen[mine].sum())),
-        num_pairs=int((lengths[mine].astype(np.int64) ** 2).sum()),
+        num_targets=targets,
+        num_tail_tokens=targets,
+        num_rows=1 + heavy.num_before,
+        num_patches=_patches(room, seen),
+        num_pairs=int((lengths**2).sum()),
     )
-    # Where every row is filled up to one length, each takes as long as the longest.
-    filled = recipe.train.compile == "static_blocks"
-    in_rows = len(rows) if filled else sum(count for count, *_ in rows) / tokens
-    return size, steps, in_rows / max(1, len(plans))
+
+
+def _largest(read: _Read, room: Room, checkpoint_layers: int) -> tuple[str, RowSize, Prediction]:
+    """Returns the row that is predicted to need most, what is most in it, and its prediction."""
+    predicted = (
+        (which, row, room.memory.predict(row, checkpoint_layers=checkpoint_layers))
+        for which, row in reversed(read.rows)  # the longest first: of equals it is named
+    )
+    return max(predicted, key=lambda found: found[2].peak)
 
 
 def _patches(room: Room, num_image_tokens: int) -> int:

@@ -380,27 +380,12 @@ def _job(
 
 
 def _heaviest_steps(data: TrainData) -> dict[int, str]:
-    """Returns the steps of the first epoch that need most memory, each with what is most in it.
+    """Returns the steps of the first epoch that need most memory, each with what is most in it."""
+    from vistune.data.heaviest import heaviest_rows
 
-    The longest row fills the decoder, the row with most image tokens the tower: where rows are
-    packed full they need not be the same. A row behind another of its step needs room beside
-    gradients that exist by then: it may be shorter and need more.
-    """
     plans = list(itertools.islice(data.plans(0), data.steps_per_epoch(0)))
-    lengths, image_tokens = data.report.lengths.tolist(), data.report.image_tokens.tolist()
-    found: dict[int, str] = {}
-    for tokens, first, what in (
-        (lengths, 1, "the longest row behind another"),
-        (image_tokens, 0, "the row with most image tokens"),
-        (lengths, 0, "the longest row"),
-    ):
-        most = [
-            max((sum(tokens[i] for i in row) for row in plan.rows[first:]), default=0)
-            for plan in plans
-        ]
-        if max(most) > 0:
-            found[most.index(max(most))] = what
-    return found
+    rows = heaviest_rows(plans, data.report.lengths, data.report.image_tokens)
+    return {row.step: row.what for row in rows}
 
 
 def _digest(report: CheckReport) -> str:
