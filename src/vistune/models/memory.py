@@ -27,7 +27,7 @@ from vistune.models.anyres import tiles_of
 from vistune.models.compose import ComposedConfig, ComposedVLM
 from vistune.models.facts import ModelFacts
 from vistune.models.flops import ModelWork, work_of
-from vistune.models.fused.fp8 import num_channels
+from vistune.models.fused.fp8 import num_channels, num_rounded
 from vistune.models.fused.trunk import why_not_fusable
 from vistune.models.kept import kept_slope, peak_slope
 from vistune.models.layer_memory import LayerBytes, counted_bytes, fused_bytes
@@ -311,7 +311,7 @@ def _role_bytes(
 ) -> dict[RoleName, RoleBytes]:
     """Adds up parameters by role, each counted as it will be held."""
     frozen_format = tune.held_format("language")
-    rounded = layers[:-1] if frozen_format == "fp8" else layers  # see `fused.trunk.fuse`
+    rounded = layers[: num_rounded(len(layers))] if frozen_format == "fp8" else layers
     compact = {id(w): frozen_format for layer in rounded for w in _frozen_linear(layer)}
     # As `models.tune.quantize` rounds them: by role, whatever the tower is built of.
     for name, module in model.named_modules():

@@ -6,7 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vistune.models.fused import fp8, torch_ops
-from vistune.models.fused.fp8 import Fp8Weight, largest_channels, num_channels
+from vistune.models.fused.fp8 import Fp8Weight, largest_channels, num_channels, num_rounded
 from vistune.models.fused.torch_ops import Operand
 from vistune.models.fused.trunk import fuse
 from vistune.models.memory import frozen_bytes
@@ -151,6 +151,30 @@ def test_the_channels_are_the_base_models_whatever_its_adapters_are(device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], channels, strict=True))
 
 
+def test_adapters_drop_the_same_beside_fp8(device):
+    x = drawn(device)
+
+    def gradients(*, seed, fp8):
+        model = build(device)
+        config = LoraConfig(r=8, lora_dropout=0.3, target_modules="all-linear")
+        inject_adapter_in_model(config, model)
+        adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+        draw = torch.Generator().manual_seed(2)
+        for parameter in adapters:
+            parameter.data = (0.1 * torch.randn(parameter.shape, generator=draw)).to(device)
+        trunk = fuse(model.model.train(), device=device, fp8=fp8)
+        cu = torch.tensor([0, 96], dtype=torch.int32, device=device)
+        torch.manual_seed(seed)
+        leaf, positions = x.clone().requires_grad_(), torch.arange(96, device=device)[None]
+        out = trunk.hidden_states(leaf, positions, cu_seqlens=cu, max_seqlen=96)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [leaf, *adapters])]
+
+    exact = gradients(seed=7, fp8=False)
+    same = errors(exact, gradients(seed=7, fp8=True))
+    other = errors(exact, gradients(seed=8, fp8=True))
+    print(max(same), [f"{a:.3f} {b:.3f}" for a, b in zip(same, other)])
+
+
 def test_the_largest_channels():
     squares = torch.zeros(256)
     squares[::30] = 1 + torch.arange(9.0)
@@ -161,6 +185,10 @@ def test_the_largest_channels():
     )
     assert [num_channels(n) for n in (32, 64, 576, 4096)] == [0, 8, 64, 64]
     assert largest_channels(squares[:32]) is None
+
+
+def test_the_last_layers_stay_as_they_are():
+    assert [n - num_rounded(n) for n in (1, 3, 18, 28, 32, 40, 80)] == [1, 1, 1, 2, 2, 2, 5]
 
 
 def test_the_planner_counts_what_is_held(device):

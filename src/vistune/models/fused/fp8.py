@@ -21,6 +21,15 @@ CHANNELS = 64
 """Channels of an input held twice: 2 * 64 columns are one more block of the matrix product."""
 
 
+def num_rounded(num_layers: int) -> int:
+    """Returns how many of a decoder's layers, from the first, are held in FP8.
+
+    One in sixteen, at least one, is not. Rounding the last layers moves the loss more than rounding
+    others, and the very last is computed at few positions.
+    """
+    return num_layers - max(1, round(num_layers / 16))
+
+
 def num_channels(width: int) -> int:
     """Returns how many channels of an input of this width are held twice: a power of two.
 

@@ -21,7 +21,7 @@ from vistune.device import has_triton
 from vistune.models.attention import AUTO, Backend, attend_packed, attend_tail
 from vistune.models.fused import torch_ops
 from vistune.models.fused.calibrate import InputChannels, channels_of
-from vistune.models.fused.fp8 import Fp8Linear
+from vistune.models.fused.fp8 import Fp8Linear, num_rounded
 from vistune.models.fused.layer import Attention, FusedLayer, run_layer
 from vistune.models.fused.match import NotFusable, fused_layer, refuse, why_not_fusable
 from vistune.models.fused.projection import Projection, base_of
@@ -170,9 +170,8 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     Args:
         decoder: A transformers decoder (`LlamaModel`, ...), adapters already in place.
         device: Where it runs.
-        fp8: Hold the frozen weights of all layers but the last in FP8; the decoder's own linear
-            modules then read them too, without a backward pass. Rounding the last layer costs as
-            much as rounding several others, and it is computed at few positions.
+        fp8: Hold the frozen weights in FP8, but for the last layers (`num_rounded`); the decoder's
+            own linear modules then read them too, without a backward pass.
 
     Raises:
         NotFusable: See `match`; nothing has been changed then.
@@ -183,8 +182,9 @@ def fuse(decoder: nn.Module, *, device: torch.device, fp8: bool = False) -> Fuse
     layers = [fused_layer(module, decoder.config, index) for index, module in enumerate(modules)]
     width = layers[-1].head_width
     if fp8:
-        found = channels_of(layers[:-1], decoder, ops)
-        for module, layer, channels in zip(modules, layers, found, strict=False):
+        rounded = layers[: num_rounded(len(layers))]
+        found = channels_of(rounded, decoder, ops)
+        for module, layer, channels in zip(modules, rounded, found, strict=False):
             _to_fp8(module, layer, channels, ops)
     tail = TailLayer(layers[-1], *layers[-1].qkv.split(layers[-1].num_heads * width))
     return FusedTrunk(layers, tail, decoder.rotary_emb, decoder.norm, ops)  # type: ignore[arg-type]
