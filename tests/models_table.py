@@ -245,9 +245,10 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         Shown(
             (
                 f"{_PIECES}test_internlm2_is_an_ordinary_part[public-full]",
-                f"{_LAYOUTS}test_xtuner_with_internlm2",
+                f"{_LAYOUTS}test_xtuner_with_a_whole_internlm2",
+                f"{_LAYOUTS}test_xtuner_with_adapters_of_internlm2",
             ),
-            "vistune; xtuner, with the language model in InternLM2's own layout",
+            "vistune; xtuner, with adapters or the language model by InternLM2's own names",
         ),
         Shown((f"{_PARITY}[internlm2]",)),
     ),
@@ -273,7 +274,13 @@ ROWS: dict[str, tuple[Cell, ...]] = {
         ),
         Shown((f"{_LEARN}[llava-internlm2]",), "from its parts"),
         Shown((f"{_PIECES}test_internlm2_is_an_ordinary_part[xtuner-lora]",)),
-        Shown((f"{_LAYOUTS}test_xtuner_with_internlm2",), "without XTuner's own Python files"),
+        Shown(
+            (
+                f"{_LAYOUTS}test_xtuner_with_a_whole_internlm2",
+                f"{_LAYOUTS}test_xtuner_with_adapters_of_internlm2",
+            ),
+            "without XTuner's own Python files",
+        ),
         Missing("there is no reference dump of the whole model; its parts have theirs"),
     ),
     "MGM-2B": _family(

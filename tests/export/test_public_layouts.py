@@ -17,7 +17,7 @@ from tiny_parts import parts, tokenizer, write_tower
 from torch import Tensor
 from trained_parts import LORA, logits, same, trained
 
-from vistune.assembly import load_assembled
+from vistune.assembly import Origin, load_assembled
 from vistune.errors import CheckpointError, ModelError, WeightsError
 from vistune.export import export_model
 from vistune.models.adapters import fold_adapter
@@ -74,12 +74,13 @@ def test_xtuner_adapters_there_and_back(shelf: Path, tmp_path: Path) -> None:
     same(found, expected)
 
 
-@pytest.mark.parametrize("language", [LORA, {"mode": "full"}])
-def test_xtuner_with_internlm2(
+@pytest.mark.parametrize("language", [LORA | {"dora": True}, {"mode": "full"}])
+def test_xtuner_with_a_whole_internlm2(
     with_internlm2: ModelConfig, tmp_path: Path, language: dict[str, Any]
 ) -> None:
     expected = trained(with_internlm2, tmp_path / "step", {"language": language})
     out = export_model(tmp_path / "step", to="xtuner", output=tmp_path / "out")
+    assert not (out / "llm_adapter").exists()
     public = load_file(out / "model.safetensors").keys()
     assert public == load_file(INTERNLM2 / "model.safetensors").keys()
     found = rebuilt(
@@ -88,6 +89,24 @@ def test_xtuner_with_internlm2(
         language_model={"path": str(out)},
     )
     same(found, expected)
+
+
+@pytest.mark.parametrize("tune", [{}, {"targets": ["q_proj", "v_proj"], "layers": [1]}])
+def test_xtuner_with_adapters_of_internlm2(
+    with_internlm2: ModelConfig, tmp_path: Path, tune: dict[str, Any]
+) -> None:
+    expected = trained(with_internlm2, tmp_path / "step", {"language": LORA | tune})
+    out = export_model(tmp_path / "step", to="xtuner", output=tmp_path / "out")
+    assert not (out / "model.safetensors").exists()
+    found = rebuilt(
+        with_internlm2,
+        connector={"weights": str(out / "projector")},
+        language_model={"adapter": str(out / "llm_adapter")},
+    )
+    same(found, expected)
+    named = Origin(template="vicuna_v1")
+    again = export_model(out, to="vistune", output=tmp_path / "again", origin=named)
+    same(logits(load_assembled(again).model, with_internlm2), expected)
 
 
 def test_xtuner_adapters_of_internlm2_speak_of_its_own_names(

@@ -11,6 +11,7 @@ The base models are not copied: `adapter_config.json` names where they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ def adapter_targets(part: nn.Module) -> list[str]:
     """
     adapted = list(adapter_layers(part))
     inside = tuple(f"{name}." for name in adapted)
-    short = {name.rpartition(".")[2] for name in adapted}
     # Peft adapts convolutions and embeddings too.
     others = [
         name
@@ -95,6 +95,18 @@ def adapter_targets(part: nn.Module) -> list[str]:
         and not name.startswith(inside)
         and name not in adapted
     ]
+    return target_names(adapted, others)
+
+
+def target_names(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Returns adapted modules by their last names where these are unmistakable, else in full.
+
+    Args:
+        adapted: Paths of the modules with adapters.
+        others: Paths of the modules without that PEFT could adapt.
+    """
+    adapted = list(adapted)
+    short = {name.rpartition(".")[2] for name in adapted}
     mistakable = any(name.rpartition(".")[2] in short for name in others)
     return adapted if mistakable else sorted(short)
 

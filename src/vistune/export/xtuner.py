@@ -6,8 +6,9 @@
     <folder>/visual_encoder_adapter/  PEFT adapter of the tower, when it has one
     <folder>/xtuner_config.py         the models that all this stands on, by XTuner's names for them
 
-XTuner keeps two Python files of its own in `projector/`, which are not written. InternLM2's public
-projections are fused, so adapters on its Llama form are merged and the whole model is written.
+XTuner keeps two Python files of its own in `projector/`, which are not written. InternLM2's
+adapters are written by its public names (`internlm2_adapter`); as DoRA they are merged and the
+whole model is written, and so are a LLaVA's.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from vistune.data.encode import Encoder
 from vistune.errors import ModelError
 from vistune.export.adapter import write_peft
 from vistune.export.files import MAX_SHARD, write_json, write_tokenizer
+from vistune.export.internlm2_adapter import write_internlm2_adapter
 from vistune.models.compose import ComposedVLM
 from vistune.models.facts import language_family
 from vistune.models.families.internlm2 import InternLM2Family
 from vistune.models.towers.families import tower_width
 from vistune.models.tune.lora import adapter_layers
 from vistune.models.weights import quiet_transformers
-from vistune.recipe import ModelConfig
+from vistune.recipe import LanguageModelConfig, ModelConfig
 
 _CLIP_LEVEL = "vision_model."
 
@@ -80,16 +82,7 @@ def write_xtuner(model: ComposedVLM, encoder: Encoder, manifest: Manifest, folde
         target = folder / "visual_encoder_adapter"
         write_peft(model.vision_tower, base=parts.vision_tower.path, folder=target)
         _add_level(target, _CLIP_LEVEL)
-    family = language_family(parts.language_model)
-    is_internlm2 = isinstance(family, InternLM2Family)
-    adapted = any(name.startswith("language_model.") for name in layers)
-    if adapted and family is None and parts.language_model.adapter is None:
-        base = parts.language_model.path
-        write_peft(model.language_model, base=base, folder=folder / "llm_adapter")
-    elif adapted or modes["language"] == "full" or parts.language_model.adapter is not None:
-        merge_adapters(model.language_model)
-        dtype = next(model.language_model.parameters()).dtype
-        _write_language(model.language_model, folder, is_internlm2=is_internlm2, dtype=dtype)
+    _write_trained_language(model.language_model, parts.language_model, manifest, folder)
     write_tokenizer(folder, encoder)
     _write_names(parts, encoder, folder)
 
@@ -140,6 +133,24 @@ def _write_projector(model: ComposedVLM, folder: Path) -> None:
         "bias": True,
     }
     write_json(folder / "config.json", settings)
+
+
+def _write_trained_language(
+    language_model: Any, part: LanguageModelConfig, manifest: Manifest, folder: Path
+) -> None:
+    """Writes the adapters, or the whole language model where these would not say everything."""
+    tune = manifest.tune.get("language", {})
+    family = language_family(part)
+    is_internlm2 = isinstance(family, InternLM2Family)
+    adapted, target = bool(adapter_layers(language_model)), folder / "llm_adapter"
+    if adapted and part.adapter is None and family is None:
+        write_peft(language_model, base=part.path, folder=target)
+    elif adapted and part.adapter is None and is_internlm2 and not tune.get("dora"):
+        write_internlm2_adapter(language_model, base=part.path, folder=target)
+    elif adapted or tune.get("mode") == "full" or part.adapter is not None:
+        merge_adapters(language_model)
+        dtype = next(language_model.parameters()).dtype
+        _write_language(language_model, folder, is_internlm2=is_internlm2, dtype=dtype)
 
 
 def _write_language(

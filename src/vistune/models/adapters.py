@@ -1,12 +1,15 @@
 """Folds LoRA adapters of a PEFT directory into a part's weights, every tensor accounted for.
 
-Plain LoRA is read, as PEFT, XTuner (`llm_adapter/`, `visual_encoder_adapter/`) and others write it;
-what would need more (DoRA, ranks by layer, modules trained besides) is refused.
+Plain LoRA is read, as PEFT, XTuner (`llm_adapter/`, `visual_encoder_adapter/`) and others write it,
+one rank for all layers or ranks by name; what would need more (DoRA, modules trained besides) is
+refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
 }
 
@@ -59,10 +60,10 @@ def fold_adapter(
         ModelError: The directory is missing, or asks for more than plain LoRA.
         WeightsError: A tensor has no place, lacks its partner or is of another shape.
     """
-    scale, pairs = _read(folder, key=key)
+    pairs = _read(folder, key=key)
     entries = {} if public is None else {entry.public: entry for entry in public.entries}
     changes: dict[str, Tensor] = {}
-    for module, (first_RI, second_OR) in pairs.items():
+    for module, (first_RI, second_OR, scale) in pairs.items():
         name = own_name(f"{module}.weight")
         if left_out(name):
             continue
@@ -88,7 +89,8 @@ def fold_adapter(
     return len(changes)
 
 
-def _read(folder: Path, *, key: str) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+def _read(folder: Path, *, key: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Returns both factors of every adapted module, and the factor on their product."""
     config_file = folder / _CONFIG_NAME
     if not config_file.is_file():
         raise ModelError(
@@ -99,12 +101,13 @@ def _read(folder: Path, *, key: str) -> tuple[float, dict[str, tuple[Tensor, Ten
         )
     config = read_json(config_file)
     more = [f"{name}={config[name]}" for name in _PLAIN if config.get(name) not in _PLAIN[name]]
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if more or not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+    ranks = _Sizes(config.get("r"), config.get("rank_pattern") or {})
+    alphas = _Sizes(config.get("lora_alpha"), config.get("alpha_pattern") or {})
+    if more or not ranks.are(int) or not alphas.are((int, float)):
         raise ModelError(
             "only plain LoRA adapters can be folded in",
             where=str(config_file),
-            got=", ".join(more) or f"r={rank}, lora_alpha={alpha}",
+            got=", ".join(more) or f"r={ranks}, lora_alpha={alphas}",
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -117,8 +120,43 @@ def _read(folder: Path, *, key: str) -> tuple[float, dict[str, tuple[Tensor, Ten
     check_keys(unexpected=strange, missing=[] if strange else single, where=str(folder))
     if not pairs:
         raise WeightsError("the adapter holds no tensor", where=str(folder))
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return float(scale), {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
+    power = 0.5 if config.get("use_rslora") else 1.0
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for module, pair in pairs.items():
+        rank = ranks.of(module)
+        if pair["A"].shape[0] != rank or pair["B"].shape[-1] != rank:
+            raise WeightsError(
+                "an adapter has another rank than its config says",
+                where=f"{folder}: {module}",
+                got=f"lora_A {tuple(pair['A'].shape)}, lora_B {tuple(pair['B'].shape)}",
+                expected=f"rank {rank}",
+            )
+        found[module] = pair["A"], pair["B"], float(alphas.of(module) / rank**power)
+    return found
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A rank or an alpha, and those of modules whose names a pattern matches, as PEFT has them."""
+
+    usual: Any
+    patterns: Mapping[str, Any]
+
+    def are(self, kind: Any) -> bool:
+        """Whether all of them are of a type."""
+        return all(isinstance(value, kind) for value in (self.usual, *self.patterns.values()))
+
+    def of(self, module: str) -> Any:
+        """Returns a module's: by the first pattern that matches the end of its name."""
+        matching = (
+            value
+            for pattern, value in self.patterns.items()
+            if re.match(rf"(.*\.)?({pattern})$", module)
+        )
+        return next(matching, self.usual)
+
+    def __str__(self) -> str:
+        return f"{self.usual} {dict(self.patterns)}" if self.patterns else str(self.usual)
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
