@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_dirs import FAMILY_KINDS, write_family
+from family_dirs import FAMILY_KINDS, TILES_KIND, write_family
 from PIL import Image
 from tiny_parts import composed, encoder
 from torch import Tensor
@@ -98,7 +98,7 @@ def test_rows_of_a_composed_model(
     check(model, encoder(facts), prompt, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", FAMILY_KINDS)
+@pytest.mark.parametrize("kind", [*FAMILY_KINDS, TILES_KIND])
 def test_rows_of_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     loaded = load_assembled(write_family(kind, tmp_path / "model"))
     check(loaded.model, loaded.encoder, SEEN, monkeypatch)
