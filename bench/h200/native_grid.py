@@ -7,7 +7,8 @@ Every row builds its model of random numbers on the device (nothing is read or w
 as `vistune train` does, runs optimizer steps on one drawn row of images of several sizes through
 the functions that training runs (`LossModule`, `backward_step`, the optimizer), and prints
 predicted and measured peak, what attention runs as, and the median time of five steps after two of
-warm-up. `--rows` takes whole names of rows, which then run alone, or parts of names. Rows that need
+warm-up; `varied` rows differ in length from step to step and give the mean of ten steps after ten.
+`--rows` takes whole names of rows, which then run alone, or parts of names. Rows that need
 liger-kernel or bitsandbytes are left out, and said, where these do not run. `--predict` only
 predicts, for a GPU, wherever it runs; `--measure` only measures. `--tiny` shrinks every model, to
 try the script on a CPU (nothing is measured there).
@@ -52,6 +53,8 @@ _GRIDS = ((46, 62), (24, 36), (80, 54), (32, 32), (16, 70))
 _TILES = (7, 5, 13, 1, 4)
 """Tiles of images that are cut, in turn; a tower of squares sees one of each."""
 _WARM_UP, _TIMED = 2, 5
+_VARIED = (1.0, 0.93, 0.8, 0.87, 0.74)
+"""Shares of the tokens that the rows of a varied configuration have, in turn."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class Row:
     vision: str = "freeze"
     kernels: str = "torch"
     compiled: bool = False
+    varied: bool = False
 
     @property
     def name(self) -> str:
         extra = f" recompute {self.layers}" if self.layers else ""
         extra += f" {self.kernels}" if self.kernels != "torch" else ""
+        extra += " varied" if self.varied else ""
         extra += " compiled" if self.compiled else ""
         extra += f" tower {self.vision}" if self.vision != "freeze" else ""
         extra += f" tower recompute {self.tower_layers}" if self.tower_layers else ""
@@ -104,7 +109,6 @@ ROWS = (
     Row("qwen2.5-vl-3b", "lora", 12288, kernels="liger"),
     Row("qwen2.5-vl-3b", "lora", 8192),
     Row("qwen2.5-vl-3b", "lora", 8192, kernels="liger"),
-    Row("qwen2.5-vl-3b", "lora", 8192, compiled=True),
     Row("qwen2.5-vl-3b", "qlora-nf4", 8192),
     Row("qwen2.5-vl-3b", "qlora-int8", 8192),
     Row("qwen2.5-vl-7b", "qlora-nf4", 16384, layers=28),
@@ -118,7 +122,6 @@ ROWS = (
     Row("internvl3-2b", "lora", 16384),
     Row("internvl3-2b", "lora", 8192),
     Row("internvl3-2b", "lora", 8192, kernels="liger"),
-    Row("internvl3-2b", "lora", 8192, compiled=True),
     Row("internvl3-2b", "qlora-nf4", 8192),
     Row("internvl3-2b", "full", 8192, vision="full"),
     Row("smolvlm-2.2b", "lora", 12288),
@@ -126,6 +129,11 @@ ROWS = (
     Row("gemma3-4b", "lora", 8192),
     Row("gemma3-4b", "lora", 8192, kernels="liger"),
     Row("gemma3-4b", "frozen", 12288),
+    *(
+        Row(model, "lora", 8192, varied=True, compiled=compiled)
+        for model in CONFIGS
+        for compiled in (False, True)
+    ),
 )
 
 
@@ -178,11 +186,11 @@ def _shrink(values: dict[str, Any]) -> None:
             vision[name] = value
 
 
-def draw_row(num_tokens: int, model: NativeVLM) -> Any:
+def draw_row(num_tokens: int, model: NativeVLM, *, first: int = 0) -> Any:
     """Fills a row with samples of one image, 20 tokens of question and 28 of answer."""
     samples: list[EncodedSample] = []
     left = num_tokens
-    for number in range(10**6):
+    for number in range(first, first + 10**6):
         pixels, shapes, num_image = _image(model, number)
         each = num_image + 48
         if each > left and samples:
@@ -285,8 +293,14 @@ def run(
     set_up = set_up_steps(
         model, tuning, train=train, num_recomputed=layers, device=device, dtype=dtype
     )
+    rows, warm_up, timed = [row], _WARM_UP, _TIMED
+    if case.varied:
+        tokens = case.tokens if not tiny else 2000
+        parts = enumerate(_VARIED)
+        rows = [draw_row(int(part * tokens), described, first=n) for n, part in parts]
+        warm_up = timed = 2 * len(rows)
     times, sums = timed_steps(
-        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=_WARM_UP + _TIMED
+        model, tuning, rows, train=train, device=device, dtype=dtype, num_steps=warm_up + timed
     )
     found["runs_as"], found["loss_is_finite"] = set_up, sums.is_finite
     if device.type == "cuda":
@@ -296,8 +310,9 @@ def run(
             found["error"] = round(predicted.peak_gib / measured - 1, 4)
         found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
         found["standing_gib"] = round(torch.cuda.memory_allocated() / 2**30, 3)
-    step_s = statistics.median(times[_WARM_UP:])
-    found["step_s"], found["tokens_per_s"] = round(step_s, 4), round(row.num_tokens / step_s)
+    step_s = (statistics.mean if case.varied else statistics.median)(times[warm_up:])
+    tokens = statistics.mean(row.num_tokens for row in rows)
+    found["step_s"], found["tokens_per_s"] = round(step_s, 4), round(tokens / step_s)
     found["steps_s"] = [round(s, 3) for s in times]
     return found
 

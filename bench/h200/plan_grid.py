@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,7 +276,7 @@ def run_steps(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, _ = timed_steps(
-        model, tuning, row, train=train, device=device, dtype=dtype, num_steps=num_steps,
+        model, tuning, [row], train=train, device=device, dtype=dtype, num_steps=num_steps,
         reads_tail=fused_trunk(model) is not None,
     )  # fmt: skip
     return min(times)
@@ -284,7 +285,7 @@ def run_steps(
 def timed_steps(
     model: Any,
     tuning: Tuning,
-    row: Any,
+    rows: Sequence[Any],
     *,
     train: TrainConfig,
     device: torch.device,
@@ -292,7 +293,7 @@ def timed_steps(
     num_steps: int,
     reads_tail: bool = False,
 ) -> tuple[list[float], StepSums]:
-    """Runs optimizer steps on one row of a model that is set up to train.
+    """Runs optimizer steps of a model that is set up to train, on one row each, in turn.
 
     Returns:
         Each step's time in seconds, and the sums of the last one.
@@ -303,12 +304,12 @@ def timed_steps(
         lambda _: build_optimizer(model.named_parameters(), tuning.groups(train), train),
     )
     times = []
-    for _ in range(num_steps):
+    for number in range(num_steps):
         started_s = time.perf_counter()
         sums = backward_step(
             strategy,
             module,
-            [row],
+            [rows[number % len(rows)]],
             sources=("s",),
             device=device,
             autocast_dtype=torch.bfloat16 if dtype is torch.bfloat16 else None,
