@@ -24,6 +24,7 @@ LORA = TuneConfig.model_validate({"language": {"mode": "lora", "rank": 2}})
 FULL = TuneConfig.model_validate(
     {part: {"mode": "full"} for part in ("vision", "connector", "language", "head")}
 )
+DROPPED = TuneConfig.model_validate({"language": {"mode": "lora", "rank": 2, "dropout": 0.1}})
 KINDS = {"stage 1": STAGE1, "lora": LORA, "full": FULL}
 
 
@@ -68,11 +69,13 @@ def test_what_layers_keep_is_what_real_layers_keep(tmp_path, name):
     assert memory.layer.kept * memory.num_layers * 64 == kept[1] - kept[0]
 
 
-@pytest.mark.parametrize("name", ["stage 1", "lora"])
+@pytest.mark.parametrize("name", ["stage 1", "lora", "lora with dropout"])
 def test_what_fused_layers_keep_is_their_formula(tmp_path, name, monkeypatch):
-    memory = planned(tmp_path, KINDS[name], fused=True)
+    tune = (KINDS | {"lora with dropout": DROPPED})[name]
+    memory = planned(tmp_path, tune, fused=True)
     model, _ = composed(tmp_path)
-    apply_tuning(model, KINDS[name], seed=0)
+    apply_tuning(model, tune, seed=0)
+    model.train()
     install_fused(model, mode="on", fp8=False)
     seen = []
     forward = fused_layer._forward
@@ -97,9 +100,12 @@ def test_what_fused_layers_keep_is_their_formula(tmp_path, name, monkeypatch):
     trunk(x, cos[0], sin[0], attention=attention, num_layers=1)
     (saved,) = seen
     mlp = saved.mlp
-    tensors = [saved.x_TD, saved.rstd_T, saved.q, saved.attended, *saved.lowrank]
-    tensors += [mlp.h_TD, mlp.rstd_T, mlp.gate_up_TF, *mlp.lowrank]
-    real = sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+    tensors = [saved.x_TD, saved.rstd_T, saved.q, saved.attended]
+    tensors += [mlp.h_TD, mlp.rstd_T, mlp.gate_up_TF]
+    lowrank = [low for low in (*saved.lowrank, *mlp.lowrank) if low is not None]
+    assert all((low.drop is not None) == name.endswith("dropout") for low in lowrank)
+    tensors += [low.inner_TR for low in lowrank]
+    real = sum(t.untyped_storage().nbytes() for t in tensors)
     assert saved.q.untyped_storage().data_ptr() == saved.v.untyped_storage().data_ptr()
     log_sums = 4 * 4 * num_tokens  # kept by attention itself: fp32 for each of 4 heads
     assert memory.layer.kept * num_tokens == real + log_sums

@@ -202,6 +202,7 @@ def test_whatever_trains_has_a_time(tree, mode, fused):
 
 FP8 = {"connector": {"mode": "full"}, "language": {"mode": "freeze", "frozen_format": "fp8"}}
 DROPPED = {"mode": "lora", "rank": 2, "dropout": 0.1, "frozen_format": "fp8"}
+DORA = {"mode": "lora", "rank": 2, "dora": True, "frozen_format": "fp8"}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ DROPPED = {"mode": "lora", "rank": 2, "dropout": 0.1, "frozen_format": "fp8"}
         ("a100-80", FP8, {}, "tune.language.frozen_format: this device does not multiply FP8"),
         ("npu-64", FP8, {}, "tune.language.frozen_format: this device does not multiply FP8"),
         ("h200", FP8, {"fused": "off"}, "tune.language.frozen_format: FP8 runs in fused layers"),
-        ("h200", {"language": DROPPED}, {}, "tune.language.frozen_format: FP8 runs in fused"),
+        ("h200", {"language": DORA}, {}, "tune.language.frozen_format: FP8 runs in fused"),
         ("4090", {}, {"attention": "cudnn"}, "train.attention: attention 'cudnn' cannot be used"),
         ("npu-64", {}, {"attention": "varlen"}, "train.attention: attention 'varlen' cannot be"),
         ("h200", {}, {"checkpoint_layers": 3}, "train.checkpoint_layers: the language model has 2"),
@@ -224,7 +225,8 @@ def test_what_a_run_would_refuse_there_is_no_plan(tree, device, tune, train, whe
 
 
 def test_what_runs_there_is_planned(tree):
-    tree["tune"] = FP8
-    assert make_plan(Recipe.model_validate(tree), device="4090").room.memory.fused
+    for tune in (FP8, {"language": DROPPED}):
+        tree["tune"] = tune
+        assert make_plan(Recipe.model_validate(tree), device="4090").room.memory.fused
     tree["train"] |= {"attention": "cudnn", "checkpoint_layers": 2}
     assert make_plan(Recipe.model_validate(tree), device="h100").settled.checkpoint_layers == 2

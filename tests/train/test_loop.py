@@ -266,6 +266,24 @@ def test_sigkill_and_resume_equal_no_interruption_with_lora_dropout(tiny, tmp_pa
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_fused_layers_with_dropout_repeat_recompute_and_resume_to_the_bit(tiny, tmp_path):
+    def run(name: str, *, resume: bool = False, tune=LORA, **section):
+        section = {"fused": "on"} | section
+        recipe = resolved(tiny, tmp_path / name, tune=tune, train=section, save={"every_steps": 3})
+        result = train(recipe, resume=resume, console=QUIET)
+        return losses(tmp_path / name), result.checkpoint
+
+    whole, checkpoint = run("a")
+    weights = load_file(checkpoint / "weights.safetensors")
+    assert run("b")[0] == whole and run("c", checkpoint_layers=3)[0] == whole
+    (checkpoint / "COMPLETE").unlink()
+    again, checkpoint = run("a", resume=True)
+    resumed = load_file(checkpoint / "weights.safetensors")
+    assert again == whole and all(torch.equal(resumed[n], t) for n, t in weights.items())
+    plain = {**LORA, "language": LORA["language"] | {"dropout": 0.0}}
+    assert run("d", tune=plain)[0] != whole
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     """Ctrl-C reaches every process of the terminal's group, data workers included."""
     folder = tmp_path / "r"

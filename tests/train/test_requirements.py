@@ -183,17 +183,19 @@ def test_the_steps_of_the_heaviest_rows_are_rehearsed(lengths, image_tokens, exp
     assert _heaviest_steps(Plans(lengths, image_tokens)) == expected
 
 
-def test_a_rehearsal_over_real_rows_changes_no_bit_of_a_run(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_a_rehearsal_over_real_rows_changes_no_bit_of_a_run(tiny, tmp_path, monkeypatch, fused):
     def rehearsed(**fields):
         found = _heaviest_steps(fields["data"])
         assert found
         return Job(**{**fields, "rehearsals": found})
 
     adapters = {"language": {"mode": "lora", "rank": 2, "dropout": 0.2}}  # draws random numbers
-    train(recipe(tiny, tmp_path / "a", tune=adapters, data={"workers": 1}), console=QUIET)
+    sections = {"tune": adapters, "data": {"workers": 1}, "train": {"fused": fused}}
+    train(recipe(tiny, tmp_path / "a", **sections), console=QUIET)
     monkeypatch.setattr(loop, "Job", rehearsed)
     said = Console(file=io.StringIO(), width=200)
-    train(recipe(tiny, tmp_path / "b", tune=adapters, data={"workers": 1}), console=said)
+    train(recipe(tiny, tmp_path / "b", **sections), console=said)
     assert "rehearsed: " in said.file.getvalue() and "the longest row" in said.file.getvalue()
     name = "checkpoints/step_00000002/weights.safetensors"
     a, b = (load_file(tmp_path / which / name) for which in "ab")

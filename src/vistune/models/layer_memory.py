@@ -91,7 +91,8 @@ def fused_bytes(
     # are wanted, those values again and the FP8 form of the gradient of gate and up.
     through_mlp = b * (width + inner + (inner if ranks or full else 0)) + (2 * inner if fp8 else 0)
     # Through attention: three gradients of the row's width, those of q, k, v, and the flash
-    # kernel's fp32 sums for q.
+    # kernel's fp32 sums for q. Dropped inputs of adapters come to no more: in the MLP the gradient
+    # of the active values is gone by then, in attention those sums are.
     through_attention = b * (3 * width + query + key_value) + repeated + 4 * query + 2 * lse
     return DecoderBytes(
         layer=LayerBytes(kept, b * width, max(through_mlp, through_attention)),

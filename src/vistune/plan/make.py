@@ -191,7 +191,7 @@ def _require_runs(recipe: Recipe, room: Room) -> None:
     if recipe.tune.held_format("language") == "fp8" and not room.memory.fused:
         raise ModelError(
             "FP8 runs in fused layers, and these do not run fused: train.fused=off, adapters with"
-            " dropout or DoRA, or layers without a fused form",
+            " DoRA, or layers without a fused form",
             where="tune.language.frozen_format",
             fix="set tune.language.frozen_format=same, or change what stands in the way",
         )

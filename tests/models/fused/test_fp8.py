@@ -167,12 +167,13 @@ def test_adapters_drop_the_same_beside_fp8(device):
         torch.manual_seed(seed)
         leaf, positions = x.clone().requires_grad_(), torch.arange(96, device=device)[None]
         out = trunk.hidden_states(leaf, positions, cu_seqlens=cu, max_seqlen=96)
-        return [out, *torch.autograd.grad(out.float().square().sum(), [leaf, *adapters])]
+        weight = torch.randn(out.shape, generator=draw).to(device)
+        return [out, *torch.autograd.grad((out.float() * weight).sum(), [leaf, *adapters])]
 
     exact = gradients(seed=7, fp8=False)
     same = errors(exact, gradients(seed=7, fp8=True))
     other = errors(exact, gradients(seed=8, fp8=True))
-    print(max(same), [f"{a:.3f} {b:.3f}" for a, b in zip(same, other)])
+    assert max(same) < 0.12 < 0.5 < min(other)  # measured: 0.07 and 0.8
 
 
 def test_the_largest_channels():

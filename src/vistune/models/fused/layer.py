@@ -6,7 +6,7 @@ trained whole. It is not a module: the parameters stay where transformers put th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from vistune.models.attention import Scoring
-from vistune.models.fused.projection import Projection, plain_form
+from vistune.models.fused.projection import Drop, Lowrank, Projection, plain_form
 from vistune.models.fused.torch_ops import Activation, Operand
 
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Differentiable attention over packed rows: q [T, Hq, w], k and v [T, Hk, w] -> [T, Hq, w]."""
 
+Drops: TypeAlias = Sequence[Drop | None]
+"""What one call drops of the inputs of a layer's adapters, in the order of its projections."""
 
 PLAIN = Scoring()
 """Scores over the root of the head width, all of a sample seen, nothing capped."""
@@ -149,6 +151,10 @@ class FusedLayer:
         start, stop = self.qkv.held_back
         return self.qkv.bias_O[start:stop].view(self.num_kv_heads, self.head_width)
 
+    def draw(self) -> Drops:
+        """Draws what a call drops: before `qkv`, `out`, `gate_up` and `down`."""
+        return [p.draw() for p in (self.qkv, self.out, self.gate_up, self.down)]
+
     def parameters(self) -> list[Tensor]:
         """Returns what trains, in the order the backward pass gives gradients."""
         return [*self.attention_parameters(self.qkv), *self.mlp_parameters()]
@@ -182,7 +188,7 @@ class MlpSaved:
     h_TD: Tensor
     rstd_T: Tensor
     gate_up_TF: Tensor
-    lowrank: tuple[Tensor | None, Tensor | None]
+    lowrank: tuple[Lowrank | None, Lowrank | None]
     post: PostSaved | None = None
 
 
@@ -202,7 +208,7 @@ class _Saved:
     k: Tensor
     v: Tensor
     attended: Tensor
-    lowrank: tuple[Tensor | None, Tensor | None]
+    lowrank: tuple[Lowrank | None, Lowrank | None]
     mlp: MlpSaved
     raw_THK: Tensor | None = None
     post: PostSaved | None = None
@@ -218,13 +224,18 @@ def wants(projection: Projection) -> dict[str, Any]:
 
 
 def project_onto(
-    projection: Projection, x: Operand, residual_TD: Tensor, post: Norm | None, ops: ModuleType
-) -> tuple[Tensor, Tensor | None, PostSaved | None]:
+    projection: Projection,
+    x: Operand,
+    residual_TD: Tensor,
+    post: Norm | None,
+    ops: ModuleType,
+    drop: Drop | None,
+) -> tuple[Tensor, Lowrank | None, PostSaved | None]:
     """Adds a projection's result, or what a norm makes of it, to the residual stream."""
     if post is None:
-        y, lowrank = projection.forward(x, ops, residual_TO=residual_TD)
+        y, lowrank = projection.forward(x, ops, drop=drop, residual_TO=residual_TD)
         return y, lowrank, None
-    y, lowrank = projection.forward(x, ops)
+    y, lowrank = projection.forward(x, ops, drop=drop)
     normed, rstd = post.forward(y, ops)
     assert normed.plain is not None
     return residual_TD + normed.plain, lowrank, PostSaved(y, rstd)
@@ -241,13 +252,16 @@ def through_post(
     return found.x_TD, found.weight
 
 
-def mlp_forward(layer: FusedLayer, h_TD: Tensor, ops: ModuleType) -> tuple[Tensor, MlpSaved]:
-    """Second half of a layer: h + MLP(norm(h))."""
+def mlp_forward(
+    layer: FusedLayer, h_TD: Tensor, ops: ModuleType, drops: Drops
+) -> tuple[Tensor, MlpSaved]:
+    """Second half of a layer: h + MLP(norm(h)); `drops` are those of `gate_up` and `down`."""
+    drop_gate_up, drop_down = drops
     n2, rstd = layer.norm2.forward(h_TD, ops, reader=layer.gate_up)
-    gate_up, low_gate_up = layer.gate_up.forward(n2, ops)
+    gate_up, low_gate_up = layer.gate_up.forward(n2, ops, drop=drop_gate_up)
     del n2
     active = ops.glu(gate_up, activation=layer.activation, **wants(layer.down))
-    y, low_down, post = project_onto(layer.down, active, h_TD, layer.post2, ops)
+    y, low_down, post = project_onto(layer.down, active, h_TD, layer.post2, ops, drop_down)
     return y, MlpSaved(h_TD, rstd, gate_up, (low_gate_up, low_down), post)
 
 
@@ -258,21 +272,21 @@ def mlp_backward(
     low_gate_up, low_down = saved.lowrank
     d_y, g_post = through_post(grad_TD, layer.post2, saved.post, ops)
     grad = Operand(d_y)
-    d_active, inner = layer.down.backward(grad, ops)
+    d_active, inner = layer.down.backward(grad, low_down, ops)
     d_gate_up, active = ops.glu_backward_(
         d_active, saved.gate_up_TF, activation=layer.activation,
         column_scale_F=layer.gate_up.row_scale, keep=layer.gate_up.reads_plain,
         again=layer.down.reads_again,
     )  # fmt: skip
     del d_active
-    g_down = layer.down.gradients(grad, inner, active, low_down)
+    g_down = layer.down.gradients(grad, inner, active, low_down, ops)
     del active
-    d_n2, inner = layer.gate_up.backward(d_gate_up, ops)
+    d_n2, inner = layer.gate_up.backward(d_gate_up, low_gate_up, ops)
     found = layer.norm2.backward(
         d_n2, saved.h_TD, saved.rstd_T, ops,
         residual_TD=grad_TD, again=layer.gate_up.reads_again,
     )  # fmt: skip
-    g_gate_up = layer.gate_up.gradients(d_gate_up, inner, found.output_TD, low_gate_up)
+    g_gate_up = layer.gate_up.gradients(d_gate_up, inner, found.output_TD, low_gate_up, ops)
     return found.x_TD, [*found.weight, *g_post, *g_gate_up, *g_down]
 
 
@@ -323,10 +337,12 @@ def normed_heads_backward_(
 
 
 def _forward(
-    layer: FusedLayer, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: Attention, ops: ModuleType
-) -> tuple[Tensor, _Saved]:
+    layer: FusedLayer, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: Attention,
+    ops: ModuleType, drops: Drops = (None,) * 4,
+) -> tuple[Tensor, _Saved]:  # fmt: skip
+    drop_qkv, drop_out, *drops_mlp = drops
     n1, rstd = layer.norm1.forward(x_TD, ops, reader=layer.qkv)
-    qkv, low_qkv = layer.qkv.forward(n1, ops)
+    qkv, low_qkv = layer.qkv.forward(n1, ops, drop=drop_qkv)
     del n1
     raw = qkv.view(qkv.shape[0], -1, layer.head_width)
     heads = normed_heads(layer.head_norms, raw, ops, **layer.heads)
@@ -337,8 +353,8 @@ def _forward(
     with torch.enable_grad():
         attended = attention(q, k, v)
     flat = attended.detach().reshape(qkv.shape[0], -1)
-    h, low_out, post = project_onto(layer.out, Operand(flat), x_TD, layer.post1, ops)
-    y, mlp = mlp_forward(layer, h, ops)
+    h, low_out, post = project_onto(layer.out, Operand(flat), x_TD, layer.post1, ops, drop_out)
+    y, mlp = mlp_forward(layer, h, ops, drops_mlp)
     lowrank = (low_qkv, low_out)
     kept = None if heads is raw else raw
     return y, _Saved(x_TD, rstd, q, k, v, attended, lowrank, mlp, kept, post)
@@ -351,8 +367,8 @@ def _backward(
     d_h, g_mlp = mlp_backward(layer, grad_TD, saved.mlp, ops)
     flat = saved.attended.detach().reshape(grad_TD.shape[0], -1)
     d_out, g_post = through_post(d_h, layer.post1, saved.post, ops)
-    d_attended, inner = layer.out.backward(Operand(d_out), ops)
-    g_out = layer.out.gradients(Operand(d_out), inner, flat, low_out)
+    d_attended, inner = layer.out.backward(Operand(d_out), low_out, ops)
+    g_out = layer.out.gradients(Operand(d_out), inner, flat, low_out, ops)
     d_q, d_k, d_v = torch.autograd.grad(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
@@ -360,11 +376,11 @@ def _backward(
     del d_q, d_k, d_v
     g_heads = normed_heads_backward_(layer.head_norms, d_heads, saved.raw_THK, ops, **layer.heads)
     d_qkv = Operand(d_heads.flatten(1))
-    d_n1, inner = layer.qkv.backward(d_qkv, ops)
+    d_n1, inner = layer.qkv.backward(d_qkv, low_qkv, ops)
     found = layer.norm1.backward(
         d_n1, saved.x_TD, saved.rstd_T, ops, residual_TD=d_h, again=layer.qkv.reads_again
     )
-    g_qkv = layer.qkv.gradients(d_qkv, inner, found.output_TD, low_qkv)
+    g_qkv = layer.qkv.gradients(d_qkv, inner, found.output_TD, low_qkv, ops)
     return found.x_TD, [*found.weight, *g_heads, *g_post, *g_qkv, *g_out, *g_mlp]
 
 
@@ -407,7 +423,7 @@ def layer_with_inputs(
     attention: Attention,
     ops: ModuleType,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs a layer without a graph and also returns what its projections read.
+    """Runs a layer without a graph or dropout and also returns what its projections read.
 
     Returns:
         [T, D], and [T, in] of `qkv`, `out`, `gate_up` and `down`.
@@ -434,7 +450,8 @@ class _LayerFunction(torch.autograd.Function):
         sin: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        y, saved = _forward(layer, x_TD, cos, sin, attention, ops)
+        ctx.drops = layer.draw()
+        y, saved = _forward(layer, x_TD, cos, sin, attention, ops, ctx.drops)
         ctx.layer, ctx.attention, ctx.ops = layer, attention, ops
         ctx.save_for_backward(x_TD, cos, sin)
         ctx.saved = None if recompute else saved
@@ -445,7 +462,7 @@ class _LayerFunction(torch.autograd.Function):
         x_TD, cos, sin = ctx.saved_tensors
         saved = ctx.saved
         if saved is None:
-            _, saved = _forward(ctx.layer, x_TD, cos, sin, ctx.attention, ctx.ops)
+            _, saved = _forward(ctx.layer, x_TD, cos, sin, ctx.attention, ctx.ops, ctx.drops)
         ctx.saved = None
         d_x, grads = _backward(ctx.layer, grad_TD.contiguous(), cos, sin, saved, ctx.ops)
         return (None, None, None, None, d_x, None, None, *grads)

@@ -70,7 +70,7 @@ def refuse(decoder: nn.Module) -> None:
 
     Raises:
         NotFusable: A layer is of an unknown class, trains only some of its base weights, is held in
-            another format, or has adapters with dropout or DoRA.
+            another format, or has adapters with DoRA or with unlike dropout.
     """
     for module in decoder.layers:  # type: ignore[union-attr]
         _check(module, decoder.config)
@@ -118,15 +118,15 @@ def _check(module: Any, config: Any) -> None:
     if name not in _KINDS:
         raise NotFusable(f"layers of class {name} have no fused form (known: {', '.join(_KINDS)})")
     _check_trained(module)
-    for linear in _linears(module):
+    for linear in itertools.chain(*(merged.values() for merged in _products(module))):
         if type(base_of(linear)) is not nn.Linear:
             raise NotFusable(f"weights are held as {type(base_of(linear)).__name__}")
         if linear is base_of(linear):
             continue
-        if any(dropout.p > 0 for dropout in _dropouts(linear)):
-            raise NotFusable("adapters have dropout")
         if any(linear.use_dora.values()) or len(linear.active_adapters) != 1 or linear.merged:
             raise NotFusable("adapters are merged, several, or DoRA")
+    for merged in _products(module):
+        _check_dropout(merged)
     _activation(module.mlp)
     if float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0 and module.training:
         raise NotFusable("attention weights are dropped while it trains")
@@ -150,13 +150,37 @@ def _check_trained(module: nn.Module) -> None:
             raise NotFusable(f"a trained weight is not held in fp32 ({name})")
 
 
-def _linears(module: Any) -> tuple[Any, ...]:
+def _check_dropout(merged: dict[str, Any]) -> None:
+    """Refuses adapters that cannot read their common input through one mask."""
+    found = {}
+    for name, linear in merged.items():
+        if linear is not base_of(linear):
+            dropout = _dropout(linear)
+            found[name] = 0.0 if dropout is None else dropout.p
+    if len(set(found.values())) > 1:
+        each = ", ".join(f"{name} {p:g}" for name, p in found.items())
+        raise NotFusable(f"adapters of one merged product have unlike dropout ({each})")
+
+
+def _products(module: Any) -> tuple[dict[str, Any], ...]:
+    """Linear modules by name, those that are merged together."""
     a, m = module.self_attn, module.mlp
-    return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
+    return (
+        {"q_proj": a.q_proj, "k_proj": a.k_proj, "v_proj": a.v_proj},
+        {"o_proj": a.o_proj},
+        {"gate_proj": m.gate_proj, "up_proj": m.up_proj},
+        {"down_proj": m.down_proj},
+    )
 
 
-def _dropouts(linear: Any) -> list[nn.Dropout]:
-    return [d for d in linear.lora_dropout.values() if isinstance(d, nn.Dropout)]
+def _dropout(linear: Any) -> nn.Dropout | None:
+    """Returns the module in front of a linear layer's adapter, or None where there is none."""
+    found = linear.lora_dropout[linear.active_adapters[0]]
+    if isinstance(found, nn.Identity):
+        return None
+    if not isinstance(found, nn.Dropout):
+        raise NotFusable(f"adapters drop by {type(found).__name__}")
+    return found
 
 
 def _activation(mlp: Any) -> Activation:
@@ -209,7 +233,7 @@ def _project(*linears: Any) -> Projection:
             continue
         name = linear.active_adapters[0]
         down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
-        adapters.append(Adapter(down, up, linear.scaling[name], start, stop))
+        adapters.append(Adapter(down, up, linear.scaling[name], start, stop, _dropout(linear)))
     return Projection(
         weight,
         bias,

@@ -4,6 +4,11 @@ A frozen base weight is held once in the model's own format, or in FP8 (`fp8`). 
 held in fp32, in the storage its parameters are views of; it is rounded to the activations' format
 when it is read, so there is no second copy that could fall behind, and its gradient leaves the
 matrix product in fp32.
+
+Adapters with dropout read their input through a mask that is made again from its seed wherever it
+is wanted. Adapters merged into one product read through one mask, where PEFT draws one for each:
+each still drops what it reads with the same probability, but they no longer drop independently of
+each other.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +36,7 @@ class Adapter:
         scale: alpha / rank, or as the adapter defines it.
         start: First output row.
         stop: One past the last output row.
+        dropout: PEFT's module in front of it, whose probability and mode are read, if it has one.
     """
 
     down_RI: Tensor
@@ -37,6 +44,31 @@ class Adapter:
     scale: float
     start: int
     stop: int
+    dropout: nn.Dropout | None = None
+
+
+class Drop(NamedTuple):
+    """What is dropped of the input that a projection's adapters read, in one call of a layer.
+
+    Args:
+        p: Probability.
+        seed: Of the mask.
+    """
+
+    p: float
+    seed: int
+
+
+class Lowrank(NamedTuple):
+    """What the backward pass of a projection's adapters reads beside their input.
+
+    Args:
+        inner_TR: Their inner values, [T, sum of ranks].
+        drop: What was dropped of the input, if anything was.
+    """
+
+    inner_TR: Tensor
+    drop: Drop | None
 
 
 @dataclass
@@ -166,27 +198,45 @@ class Projection:
         """Whether the backward pass reads the input of the forward pass."""
         return bool(self.adapters or self.weights)
 
+    def draw(self) -> Drop | None:
+        """Draws what a call drops, from torch's CPU generator: no device is waited for.
+
+        Returns:
+            None, and nothing is drawn, where nothing drops: no dropout, or evaluation.
+        """
+        modules = [a.dropout for a in self.adapters if a.dropout is not None]
+        found = {module.p if module.training else 0.0 for module in modules}
+        assert len(found) <= 1, "adapters of one product drop differently"
+        p = found.pop() if found else 0.0
+        return Drop(p, int(torch.randint(2**62, (), device="cpu"))) if p > 0 else None
+
     def forward(
-        self, x: Operand, ops: ModuleType, *, residual_TO: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        x: Operand,
+        ops: ModuleType,
+        *,
+        drop: Drop | None = None,
+        residual_TO: Tensor | None = None,
+    ) -> tuple[Tensor, Lowrank | None]:
         """Applies the map.
 
         Args:
             x: [T, in].
             ops: The elementwise kernels.
+            drop: What the adapters do not see of it.
             residual_TO: Added to the result.
 
         Returns:
-            [T, out], and the adapters' inner values [T, sum of ranks] for the backward pass.
+            [T, out], and what the adapters' backward pass reads.
         """
         if not self.adapters:
             return self._product(x, ops, residual_TO), None
         x_TI = plain_form(x)
-        lowrank = x_TI @ self._downs(x_TI.dtype).t()
+        lowrank = _seen(x_TI, drop, ops) @ self._downs(x_TI.dtype).t()
         if self.is_fp8 or not self._adapted_throughout:
             y = self._product(x, ops, residual_TO)
             self._add_adapters(y, y, lowrank)
-            return y, lowrank
+            return y, Lowrank(lowrank, drop)
         # The small products first: the large one then adds to their result while it computes,
         # where adding theirs to its own would read and write the result once more.
         if residual_TO is None:
@@ -196,7 +246,7 @@ class Projection:
             y = torch.empty_like(residual_TO)
             self._add_adapters(y, residual_TO, lowrank)
         y.addmm_(x_TI, self._weight(x_TI.dtype).t())
-        return self._biased(y), lowrank
+        return self._biased(y), Lowrank(lowrank, drop)
 
     @property
     def _adapted_throughout(self) -> bool:
@@ -260,17 +310,20 @@ class Projection:
         grad_TO = plain_form(grad)
         return grad_TO @ self._weight(grad_TO.dtype)
 
-    def backward(self, grad: Operand, ops: ModuleType) -> tuple[Tensor, Tensor | None]:
+    def backward(
+        self, grad: Operand, lowrank: Lowrank | None, ops: ModuleType
+    ) -> tuple[Tensor, Tensor | None]:
         """Gradient of the input.
 
         Args:
             grad: Gradient of the output [T, out].
+            lowrank: From `forward`.
             ops: The elementwise kernels.
 
         Returns:
             [T, in], and the gradient of the adapters' inner values [T, sum of ranks].
         """
-        if not self.adapters:
+        if lowrank is None:
             return self.input_gradient(grad, ops), None
         grad_TO = plain_form(grad)
         inner_TR = grad_TO.new_empty(
@@ -285,9 +338,17 @@ class Projection:
             )  # fmt: skip
             at += part.shape[1]
         downs = self._downs(inner_TR.dtype)
+        drop = lowrank.drop
         if self.is_fp8:
-            return self.input_gradient(grad, ops).addmm_(inner_TR, downs), inner_TR
+            through_base = self.input_gradient(grad, ops)
+            if drop is None:
+                return through_base.addmm_(inner_TR, downs), inner_TR
+            dx = inner_TR @ downs
+            ops.dropout_(dx, p=drop.p, seed=drop.seed, add_TD=through_base)
+            return dx, inner_TR
         dx = inner_TR @ downs
+        if drop is not None:
+            ops.dropout_(dx, p=drop.p, seed=drop.seed)
         return dx.addmm_(grad_TO, self._weight(dx.dtype)), inner_TR
 
     def gradients(
@@ -295,7 +356,8 @@ class Projection:
         grad: Operand,
         inner_TR: Tensor | None,
         x_TI: Tensor | None,
-        lowrank_TR: Tensor | None,
+        lowrank: Lowrank | None,
+        ops: ModuleType,
     ) -> list[Tensor]:
         """Gradients of what trains, in the order of `parameters`; empty where nothing does.
 
@@ -303,7 +365,8 @@ class Projection:
             grad: Gradient of the output [T, out].
             inner_TR: From `backward`.
             x_TI: The forward input.
-            lowrank_TR: From `forward`.
+            lowrank: From `forward`.
+            ops: The elementwise kernels.
         """
         grads: list[Tensor] = []
         if self.weights:
@@ -313,20 +376,28 @@ class Projection:
         if self.biases:
             of_bias = plain_form(grad).sum(0, dtype=torch.float32)
             grads += [of_bias[t.start : t.stop] for t in self.biases]
-        if not self.adapters:
+        if lowrank is None:
             return grads
-        assert inner_TR is not None and x_TI is not None and lowrank_TR is not None
+        assert inner_TR is not None and x_TI is not None
         grad_TO = plain_form(grad)
         ranks = [a.down_RI.shape[0] for a in self.adapters]
-        downs = torch.split(weight_gradient(inner_TR, x_TI), ranks)
-        lowranks = torch.split(lowrank_TR, ranks, dim=1)
-        for adapter, down, lowrank in zip(self.adapters, downs, lowranks, strict=True):
-            up = weight_gradient(grad_TO[:, adapter.start : adapter.stop], lowrank)
+        downs = torch.split(weight_gradient(inner_TR, _seen(x_TI, lowrank.drop, ops)), ranks)
+        inners = torch.split(lowrank.inner_TR, ranks, dim=1)
+        for adapter, down, inner in zip(self.adapters, downs, inners, strict=True):
+            up = weight_gradient(grad_TO[:, adapter.start : adapter.stop], inner)
             grads += [
                 down.to(adapter.down_RI.dtype),
                 up.mul_(adapter.scale).to(adapter.up_OR.dtype),
             ]
         return grads
+
+
+def _seen(x_TI: Tensor, drop: Drop | None, ops: ModuleType) -> Tensor:
+    """Returns what adapters see of their input."""
+    if drop is None:
+        return x_TI
+    seen_TI: Tensor = ops.dropout(x_TI, p=drop.p, seed=drop.seed)
+    return seen_TI
 
 
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor) -> Tensor:

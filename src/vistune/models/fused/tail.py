@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vistune.models.fused.layer import (
+    Drops,
     FusedLayer,
     MlpSaved,
     PostSaved,
@@ -26,7 +27,7 @@ from vistune.models.fused.layer import (
     project_onto,
     through_post,
 )
-from vistune.models.fused.projection import Projection
+from vistune.models.fused.projection import Lowrank, Projection
 from vistune.models.fused.torch_ops import Operand
 
 TailAttention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,6 +48,13 @@ class TailLayer:
     query: Projection
     key_value: Projection
 
+    def draw(self) -> Drops:
+        """Draws what a call drops: before query, key and value, `out`, `gate_up` and `down`."""
+        layer = self.layer
+        return [
+            p.draw() for p in (self.query, self.key_value, layer.out, layer.gate_up, layer.down)
+        ]
+
     def parameters(self) -> list[Tensor]:
         """Returns what trains, in the order the backward pass gives gradients."""
         inputs = self.layer.attention_parameters(self.query, self.key_value)
@@ -61,7 +69,7 @@ class _Saved:
     k: Tensor
     v: Tensor
     attended: Tensor
-    lowrank: tuple[Tensor | None, Tensor | None, Tensor | None]
+    lowrank: tuple[Lowrank | None, Lowrank | None, Lowrank | None]
     mlp: MlpSaved
     raw: tuple[Tensor, Tensor]
     post: PostSaved | None = None
@@ -75,14 +83,16 @@ def _forward(
     sin: Tensor,
     attention: TailAttention,
     ops: ModuleType,
+    drops: Drops,
 ) -> tuple[Tensor, _Saved]:
     layer = tail.layer
+    drop_q, drop_kv, drop_out, *drops_mlp = drops
     n_T, rstd_T = layer.norm1.forward(x_TD, ops, reader=tail.key_value)
-    kv, low_kv = tail.key_value.forward(n_T, ops)
+    kv, low_kv = tail.key_value.forward(n_T, ops, drop=drop_kv)
     del n_T
     x_UD = x_TD[index_U]
     n_U, rstd_U = layer.norm1.forward(x_UD, ops, reader=tail.query)
-    q_flat, low_q = tail.query.forward(n_U, ops)
+    q_flat, low_q = tail.query.forward(n_U, ops, drop=drop_q)
     raw_kv = kv.view(kv.shape[0], -1, layer.head_width)
     raw_q = q_flat.view(q_flat.shape[0], -1, layer.head_width)
     kv = normed_heads(layer.head_norms, raw_kv, ops, num_heads=0, num_kv_heads=layer.num_kv_heads)
@@ -95,8 +105,8 @@ def _forward(
     with torch.enable_grad():
         attended = attention(q, k, v)
     flat = attended.detach().reshape(q.shape[0], -1)
-    h_UD, low_out, post = project_onto(layer.out, Operand(flat), x_UD, layer.post1, ops)
-    y_UD, mlp = mlp_forward(layer, h_UD, ops)
+    h_UD, low_out, post = project_onto(layer.out, Operand(flat), x_UD, layer.post1, ops, drop_out)
+    y_UD, mlp = mlp_forward(layer, h_UD, ops, drops_mlp)
     lowrank = (low_q, low_kv, low_out)
     saved = _Saved(rstd_T, rstd_U, q, k, v, attended, lowrank, mlp, (raw_q, raw_kv), post)
     return y_UD, saved
@@ -117,8 +127,8 @@ def _backward(
     d_h, g_mlp = mlp_backward(layer, grad_UD, saved.mlp, ops)
     flat = saved.attended.detach().reshape(grad_UD.shape[0], -1)
     d_out, g_post = through_post(d_h, layer.post1, saved.post, ops)
-    d_attended, inner = layer.out.backward(Operand(d_out), ops)
-    g_out = layer.out.gradients(Operand(d_out), inner, flat, low_out)
+    d_attended, inner = layer.out.backward(Operand(d_out), low_out, ops)
+    g_out = layer.out.gradients(Operand(d_out), inner, flat, low_out, ops)
     d_q, d_k, d_v = torch.autograd.grad(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
@@ -133,18 +143,18 @@ def _backward(
         layer.head_norms, d_kv, raw_kv, ops, num_heads=0, num_kv_heads=layer.num_kv_heads
     )[1:]
     of_query, of_kv = Operand(d_q.flatten(1)), Operand(d_kv.flatten(1))
-    d_n_U, inner = tail.query.backward(of_query, ops)
+    d_n_U, inner = tail.query.backward(of_query, low_q, ops)
     at_U = layer.norm1.backward(
         d_n_U, x_TD[index_U], saved.rstd_U, ops, residual_TD=d_h, again=tail.query.reads_again
     )
-    g_q = tail.query.gradients(of_query, inner, at_U.output_TD, low_q)
+    g_q = tail.query.gradients(of_query, inner, at_U.output_TD, low_q, ops)
     residual_TD = torch.zeros_like(x_TD).index_copy_(0, index_U, at_U.x_TD)
-    d_n_T, inner = tail.key_value.backward(of_kv, ops)
+    d_n_T, inner = tail.key_value.backward(of_kv, low_kv, ops)
     at_T = layer.norm1.backward(
         d_n_T, x_TD, saved.rstd_T, ops,
         residual_TD=residual_TD, again=tail.key_value.reads_again,
     )  # fmt: skip
-    g_kv = tail.key_value.gradients(of_kv, inner, at_T.output_TD, low_kv)
+    g_kv = tail.key_value.gradients(of_kv, inner, at_T.output_TD, low_kv, ops)
     g_norm = [a.add_(b) for a, b in zip(at_T.weight, at_U.weight, strict=True)]
     return at_T.x_TD, [*g_norm, *g_heads, *g_post, *g_q, *g_kv, *g_out, *g_mlp]
 
@@ -162,7 +172,8 @@ class _TailFunction(torch.autograd.Function):
         sin: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        y_UD, ctx.saved = _forward(tail, x_TD, index_U, cos, sin, attention, ops)
+        drops = tail.draw()
+        y_UD, ctx.saved = _forward(tail, x_TD, index_U, cos, sin, attention, ops, drops)
         ctx.tail, ctx.ops = tail, ops
         ctx.save_for_backward(x_TD, index_U, cos, sin)
         return y_UD

@@ -27,6 +27,37 @@ class Operand(NamedTuple):
     scale: Tensor | None = None
 
 
+def dropout(x_TD: Tensor, *, p: float, seed: int) -> Tensor:
+    """Drops each number with probability `p` and scales the others by 1 / (1 - p).
+
+    The same seed and shape drop the same places again, so nobody keeps a mask.
+
+    Args:
+        x_TD: [T, D].
+        p: From 0 to 1.
+        seed: Not negative, below 2^63; another one drops other places. `triton_ops` draws other
+            numbers from it than this does.
+    """
+    return _dropped(x_TD, p, seed).to(x_TD.dtype)
+
+
+def dropout_(x_TD: Tensor, *, p: float, seed: int, add_TD: Tensor | None = None) -> None:
+    """As `dropout`, in place, and then adds `add_TD` where that is given."""
+    dropped = _dropped(x_TD, p, seed)
+    x_TD.copy_(dropped if add_TD is None else dropped + add_TD.float())
+
+
+def _dropped(x_TD: Tensor, p: float, seed: int) -> Tensor:
+    drawn = torch.Generator(x_TD.device).manual_seed(seed)
+    kept = torch.rand(x_TD.shape, generator=drawn, device=x_TD.device) >= p
+    return torch.where(kept, x_TD.float() * kept_scale(p), 0.0)
+
+
+def kept_scale(p: float) -> float:
+    """Returns what the numbers that are not dropped are multiplied by."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 def _operand(
     x_TD: Tensor,
     *,

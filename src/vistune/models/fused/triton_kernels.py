@@ -320,6 +320,40 @@ def join_kernel(
 
 
 @triton.jit
+def _drop(x, add, out, first, drawn, D, p, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    cols = first + tl.arange(0, BLOCK)
+    mask = cols < D
+    v = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+    v = tl.where(tl.uint_to_uniform_float(drawn) >= p, v * scale, 0.0)
+    if ADD:
+        v += tl.load(add + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + cols, v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(
+    x, add, out, seed, stride_x, stride_add, stride_out, D, p, scale,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Four blocks of one row; see `torch_ops.dropout`."""
+    row = tl.program_id(0)
+    # A draw (Philox) gives four numbers, each for one block: counted by place and row, not by
+    # offset, which 32 bits do not hold.
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    zero = place * 0
+    a, b, c, d = tl.philox(seed, place, zero + row, zero, zero)
+    at = row.to(tl.int64)
+    x += at * stride_x
+    add += at * stride_add
+    out += at * stride_out
+    first = tl.program_id(1) * 4 * BLOCK
+    _drop(x, add, out, first, a, D, p, scale, ADD, BLOCK)
+    _drop(x, add, out, first + BLOCK, b, D, p, scale, ADD, BLOCK)
+    _drop(x, add, out, first + 2 * BLOCK, c, D, p, scale, ADD, BLOCK)
+    _drop(x, add, out, first + 3 * BLOCK, d, D, p, scale, ADD, BLOCK)
+
+
+@triton.jit
 def quantize_kernel(
     x, column_scale, out, scale, channels, stride, D,
     HAS_COLUMN: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,

@@ -7,10 +7,12 @@ import triton
 from torch import Tensor
 
 from vistune.models.fused import triton_kernels as kernels
-from vistune.models.fused.torch_ops import Activation, Operand
+from vistune.models.fused.torch_ops import Activation, Operand, kept_scale
 
 _SUMS = 528
 """Programs that sum a weight's gradient, each over its rows: four for each multiprocessor."""
+_DROPPED = 512
+"""Numbers that a program of dropout draws four times."""
 
 
 def _warps(block: int) -> int:
@@ -208,6 +210,28 @@ def join_rotated(
         BLOCK_W=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def dropout(x_TD: Tensor, *, p: float, seed: int) -> Tensor:
+    """See `torch_ops.dropout`."""
+    out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    _drop(x_TD, None, out, p=p, seed=seed)
+    return out
+
+
+def dropout_(x_TD: Tensor, *, p: float, seed: int, add_TD: Tensor | None = None) -> None:
+    """See `torch_ops.dropout_`."""
+    _drop(x_TD, add_TD, x_TD, p=p, seed=seed)
+
+
+def _drop(x_TD: Tensor, add_TD: Tensor | None, out_TD: Tensor, *, p: float, seed: int) -> None:
+    rows, width = x_TD.shape
+    add = x_TD if add_TD is None else add_TD
+    block = min(_DROPPED, triton.next_power_of_2(triton.cdiv(width, 4)))
+    kernels.dropout_kernel[(rows, triton.cdiv(width, 4 * block))](
+        x_TD, add, out_TD, seed, x_TD.stride(0), add.stride(0), out_TD.stride(0), width,
+        p, kept_scale(p), ADD=add_TD is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def quantize_rows(
