@@ -163,7 +163,13 @@ class Room:
             return cls(native, facts.grid, memory_gib, kind == "cpu")
         fused = recipe.train.fused == "on" or (recipe.train.fused == "auto" and kind == "cuda")
         memory = memory_model(
-            parts, facts, tune=recipe.tune, train=recipe.train, dtype=dtype, fused=fused
+            parts,
+            facts,
+            tune=recipe.tune,
+            train=recipe.train,
+            dtype=dtype,
+            fused=fused,
+            kind=kind,
         )
         return cls(memory, facts.grid, memory_gib, kind == "cpu", tiles_of(facts))
 

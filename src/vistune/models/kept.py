@@ -6,7 +6,7 @@ Nothing is computed: every operation only says which tensors it would make.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,6 +129,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, beside: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
+        self._most_of_lap = 0
         self._now = 0
         self._alive: dict[int, tuple[Any, int]] = {}
         self._beside = beside
@@ -140,6 +141,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forget_the_dead()
         return self._now
 
+    def restart(self) -> int:
+        """Returns the bytes that exist, and remembers the most from now on alone."""
+        self.most = self._most_of_lap = self.now()
+        return self.most
+
+    def lap(self) -> tuple[int, int]:
+        """Returns the most bytes since the last lap, and those that exist; `most` goes on."""
+        most, self._most_of_lap = self._most_of_lap, self.now()
+        return most, self._now
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -149,8 +160,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
-        if self._now > self.most:
+        if self._now > self._most_of_lap:
             self._forget_the_dead()
+            self._most_of_lap = max(self._most_of_lap, self._now)
             self.most = max(self.most, self._now)
         return result
 
@@ -174,10 +186,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= self._alive.pop(key)[1]
 
 
-class NormsInFp32(TorchFunctionMode):
-    """Computes layer norms in fp32, as autocast does on accelerators and not on a CPU.
+class AsOnAccelerators(TorchFunctionMode):
+    """Computes what a CPU computes in other tensors as accelerators do.
 
-    Only where autocast is on: a module may turn it off for norms that make no fp32 tensors.
+    Layer norms in fp32, where autocast is on: a module may turn it off for norms that make no fp32
+    tensors. Dropout in one kernel, which keeps a byte for each number and not the numbers that it
+    multiplies by.
     """
 
     def __torch_function__(
@@ -186,7 +200,15 @@ class NormsInFp32(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace or not training or not 0 < p < 1:
+        return F.dropout(x, p, training, inplace)
+    return torch.native_dropout(x, p, train=True)[0]
 
 
 @contextmanager
@@ -206,8 +228,7 @@ def _stood_in(
         }
 
         def call(size: int) -> Tensor:
-            norms = NormsInFp32() if half else nullcontext()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), norms:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), AsOnAccelerators():
                 out: Tensor = functional_call(wrapped, tensors, (size,))
             return out
 

@@ -11,6 +11,8 @@ driver's context.
              layer computed again      casts + inputs of such layers + one layer in full
              first layer backward      casts + gradients + one layer in full
              end of the backward pass  gradients
+
+What products in 8 bits hold stays until the whole backward pass has ended (`models.stand_in_bits`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.offload import IN_FLIGHT
 from vistune.models.probes import PlannedModel, family_skeleton, image_probe
 from vistune.models.recompute import decoder_layers, set_checkpoint_layers
+from vistune.models.stand_in_bits import stand_in_int8
+from vistune.models.stand_in_liger import stand_in_liger
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
 from vistune.recipe.sizes import (
@@ -164,10 +168,9 @@ class MemoryModel:
         again = min(checkpoint_layers, inner)
         # Inputs on their way out or back, and the one in use.
         here = min(again, IN_FLIGHT + 1) if self.moves_inputs else again
+        inputs = here * self.layer.kept_recomputed + (again - here) * self.layer.stays
         tokens = row.num_tokens
-        kept = tokens * (
-            (inner - again) * self.layer.kept + here * self.layer.kept_recomputed + self.row
-        )
+        kept = tokens * ((inner - again) * self.layer.kept + inputs + self.row)
         kept += tokens * self.tail_kept + row.num_tail_tokens * self.tail_kept_target
         tower = row.num_images * self.image_kept
         logits = min(row.num_targets * self.vocabulary_size, LOGITS_PER_CHUNK) * _LOGIT_BYTES
@@ -183,16 +186,22 @@ class MemoryModel:
         gradients = total("gradients")
         standing = total("casts") + tower
         always = standing + (gradients if several else 0)
+        # Of a row before, until the graph of this one is there.
+        stays = tokens * self.layer.stays
+        behind = self.num_layers * stays if several else 0.0
         # A layer computed again makes all that it keeps once more; by then those after it are done.
-        once_more = tokens * (here * self.layer.kept_recomputed + self.layer.kept + self.row)
+        once_more = tokens * (inputs + self.layer.kept + self.row)
         phases = {
-            "forward": always + kept + logits,
+            "forward": always + kept + max(logits, behind),
             "backward": always + kept + passing,
-            "recompute": (always + once_more + passing) if again else 0.0,
-            "first layer": standing + gradients + passing + tokens * (self.layer.kept + self.row),
-            "tower": always + images,
+            "recompute": (
+                always + once_more + (self.num_layers - again) * stays + passing if again else 0.0
+            ),
+            "first layer": standing + gradients + passing + inner * stays
+            + tokens * (self.layer.kept + self.row),
+            "tower": always + behind + images,
             "update": float(gradients + self.visiting),
-        }
+        }  # fmt: skip
         where = max(phases, key=lambda name: phases[name])
         return Prediction(
             roles=self.roles,
@@ -214,6 +223,7 @@ def memory_model(
     train: TrainConfig,
     dtype: torch.dtype,
     fused: bool,
+    kind: str = "cpu",
 ) -> MemoryModel:
     """Works out the memory of a model under a recipe.
 
@@ -224,6 +234,7 @@ def memory_model(
         train: Optimizer.
         dtype: Format of frozen weights and of activations.
         fused: Whether the device runs fused layers where the model has them.
+        kind: Kind of the device, which says whether liger-kernel is taken where it may be.
 
     Raises:
         ModelError: The model is of a kind that cannot be planned.
@@ -236,10 +247,12 @@ def memory_model(
     work = work_of(model, tune)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype, fused=fused)
+    held = stand_in_int8(model, tune)
     if fused:
         decoder_bytes = fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
     else:
-        decoder_bytes = counted_bytes(model, layers, tune=tune, dtype=dtype)
+        stand_in_liger(model, train, kind=kind)
+        decoder_bytes = counted_bytes(model, layers, tune=tune, dtype=dtype, held=held)
     image_kept, image_passing = _image_bytes(model, dtype=dtype)
     if train.checkpoint_tower_layers:
         set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")

@@ -11,7 +11,7 @@ from torch import nn
 from vistune.models.memory import RoleBytes, frozen_bytes
 from vistune.models.native.model import NativeVLM
 from vistune.models.recompute import decoder_layers
-from vistune.models.tune.quantize import QUANTISED_ROLES
+from vistune.models.tune.quantize import QUANTISED_ROLES, frozen_linear
 from vistune.recipe import TrainConfig, TuneConfig
 from vistune.recipe.schema import FrozenFormat
 from vistune.recipe.sizes import resident_optimizer_bytes
@@ -121,15 +121,8 @@ def role_bytes(
 
 def _compact(model: NativeVLM, tune: TuneConfig) -> dict[int, FrozenFormat]:
     """Returns how the weights are held that `models.tune.quantize` may hold in fewer bits."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    module_map = model.module_map
     return {
-        id(module.weight): tune.held_format(role)
+        id(linear.weight): tune.held_format(role)
         for role in QUANTISED_ROLES
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module_map.role_of(name) == role
-        and ".lora_" not in name
-        and not any(p.requires_grad for p in module.parameters(recurse=False))
-        and id(module.weight) not in tables
+        for _, linear in frozen_linear(model, role)
     }

@@ -8,7 +8,7 @@ followed. Nothing here knows a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vistune.models.kept import DEVICE_OF, LiveBytes, NormsInFp32
+from vistune.models.kept import DEVICE_OF, AsOnAccelerators, LiveBytes
 
 _SMALL = 4096
 """Numbers up to which what is made of nothing (tables, ranges) is computed."""
@@ -97,8 +97,7 @@ def shadow_of(model: nn.Module, run: Callable[..., Any], arguments: tuple[Any, .
 @contextmanager
 def _arithmetic(dtype: torch.dtype) -> Iterator[None]:
     half = dtype is torch.bfloat16
-    norms = NormsInFp32() if half else nullcontext()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), norms:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), AsOnAccelerators():
         yield
 
 

@@ -13,58 +13,10 @@ from torch import Tensor, nn
 
 from vistune import _compat
 from vistune.models.attention.patches import is_patch_name
-from vistune.models.kernels import Casting
 from vistune.models.native.contract import LooksAhead
 from vistune.models.native.model import NativeVLM
 
 _PACKED, _ROWS, _PATCHES = "vistune_counted", "vistune_counted_rows", "vistune_counted_flash_"
-
-
-class CountedOps:
-    """liger-kernel's functions, as `models.kernels` asks for them."""
-
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, offset: float, casting: Casting
-    ) -> Tensor:
-        """Keeps its input and one fp32 number a row."""
-        out: Tensor = _Norm.apply(x, weight)  # type: ignore[no-untyped-call]
-        return out
-
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Keeps both inputs, which their gradients replace."""
-        out: Tensor = _Gate.apply(gate, up)  # type: ignore[no-untyped-call]
-        return out
-
-    def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """As `silu_mul`."""
-        return self.silu_mul(gate, up)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        return torch.empty_like(x), of_weight
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return torch.empty_like(gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
-        return tuple(tensor.view(tensor.shape) for tensor in saved)
 
 
 def stand_in_kernels(model: NativeVLM, *, repeats: bool) -> None:

@@ -50,15 +50,7 @@ def quantize_frozen(
         ModelError: The role has no frozen linear layer, or one that cannot be rounded in blocks.
     """
     bitsandbytes = import_bitsandbytes(f"tune.{role}.frozen_format={frozen_format}")
-    places = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and model.module_map.role_of(name) == role
-        and ".lora_" not in name
-        and not any(p.requires_grad for p in module.parameters(recurse=False))
-        and not _is_tied(model, module)
-    ]
+    places = frozen_linear(model, role)
     if not places:
         raise ModelError(
             f"the role '{role}' has no frozen linear layer to hold in {frozen_format}",
@@ -75,8 +67,27 @@ def quantize_frozen(
     return len(places)
 
 
-def _is_tied(model: TunableModel, linear: nn.Linear) -> bool:
-    return any(m.weight is linear.weight for m in model.modules() if isinstance(m, nn.Embedding))
+def frozen_linear(model: TunableModel, role: RoleName) -> list[tuple[str, nn.Linear]]:
+    """Returns the linear layers of a role that are frozen and share no weight with an embedding.
+
+    Args:
+        model: Tuned.
+        role: The role.
+
+    Returns:
+        Full names, and the layers.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    module_map = model.module_map
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module_map.role_of(name) == role
+        and ".lora_" not in name
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+        and id(module.weight) not in tables
+    ]
 
 
 @torch.no_grad()
