@@ -373,13 +373,14 @@ def _backward(
         saved.attended, (saved.q, saved.k, saved.v), d_attended.view_as(saved.attended)
     )
     d_heads = _turned_back(layer, d_q, d_k, d_v, cos, sin, ops)
-    del d_q, d_k, d_v
+    del d_attended, d_q, d_k, d_v
     g_heads = normed_heads_backward_(layer.head_norms, d_heads, saved.raw_THK, ops, **layer.heads)
     d_qkv = Operand(d_heads.flatten(1))
     d_n1, inner = layer.qkv.backward(d_qkv, low_qkv, ops)
     found = layer.norm1.backward(
         d_n1, saved.x_TD, saved.rstd_T, ops, residual_TD=d_h, again=layer.qkv.reads_again
     )
+    del d_n1
     g_qkv = layer.qkv.gradients(d_qkv, inner, found.output_TD, low_qkv, ops)
     return found.x_TD, [*found.weight, *g_heads, *g_post, *g_qkv, *g_out, *g_mlp]
 
