@@ -136,6 +136,16 @@ def set_recompute(
     return True
 
 
+def recomputes_around_forward(layer: nn.Module) -> bool:
+    """Whether a layer that is computed again does so around its `forward`, hooks included.
+
+    transformers did until 5.22; since then `forward` itself recomputes.
+    """
+    if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing:
+        return False
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
 def _recomputed(
     keeping: Callable[[Tensor], AbstractContextManager[None]] | None,
     function: Callable[..., Any],

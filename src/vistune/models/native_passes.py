@@ -7,17 +7,18 @@ Every sample of such a row is one image and some text. The model runs as it is w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vistune.models.alike import Alike, NotAlike, kinds_of
 from vistune.models.native.base import GridFamily
 from vistune.models.native.contract import LooksAhead
 from vistune.models.native.model import NativeVLM
-from vistune.models.recompute import decoder_layers
+from vistune.models.recompute import decoder_layers, layers_of
 from vistune.models.shadow import PassBytes, pass_bytes, shadow_of
 from vistune.types import ImageShape
 
@@ -36,12 +37,15 @@ class MadeImage:
         shapes: What is said of it.
         num_patches: Patches the tower sees of it.
         num_tokens: Image tokens it becomes.
+        kinds: For each block of the tower the number of its kind (`models.alike`); none where all
+            of them have to run.
     """
 
     pixel_shape: tuple[int, ...]
     shapes: tuple[ImageShape, ...]
     num_patches: int
     num_tokens: int
+    kinds: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: NativeVLM) -> MadeImage:
@@ -59,9 +63,12 @@ class MadeImage:
             images = model.family.image_inputs(pixels, shapes)
             return model.inner.model.get_image_features(**images).pooler_output
 
-        found = shadow_of(model, look, (torch.empty(shape, device="meta"),))
+        def look_once(pixels: Tensor) -> Any:
+            return kinds_of(layers_of(model, "vision"), lambda: look(pixels))
+
+        found, kinds = shadow_of(model, look_once, (torch.empty(shape, device="meta"),))
         num_tokens = sum(part[..., 0].numel() for part in _parts(found))
-        return cls(shape, shapes, num_patches(shape, model.grid.patch_px), num_tokens)
+        return cls(shape, shapes, num_patches(shape, model.grid.patch_px), num_tokens, kinds)
 
 
 def _parts(value: Any) -> Iterator[Tensor]:
@@ -119,6 +126,10 @@ def row_pass(
     first, *rest = image.pixel_shape
     pixels = torch.empty(num_samples * first, *rest, device="meta")
     with _cut(model, num_layers):
+        if image.kinds:
+            alike = Alike(layers_of(model, "vision"), image.kinds)
+            with suppress(NotAlike):
+                return pass_bytes(model, run, (pixels,), dtype=dtype, alike=alike)
         return pass_bytes(model, run, (pixels,), dtype=dtype)
 
 

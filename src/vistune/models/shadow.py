@@ -8,7 +8,7 @@ followed. Nothing here knows a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vistune.models.alike import Alike
 from vistune.models.kept import DEVICE_OF, AsOnAccelerators, LiveBytes
 
 _SMALL = 4096
@@ -54,6 +55,7 @@ def pass_bytes(
     *,
     dtype: torch.dtype,
     backward: bool = True,
+    alike: Alike | None = None,
 ) -> PassBytes:
     """Follows one pass over a model, and its backward pass.
 
@@ -63,15 +65,19 @@ def pass_bytes(
         arguments: Of `run`; tensors of numbers are stood in for, so that the meta device will do.
         dtype: Format of the arithmetic.
         backward: Whether there is a backward pass, from what `run` returns.
+        alike: Blocks of which not all need to run.
+
+    Raises:
+        NotAlike: They do need to.
     """
     beside: list[Tensor] = []
 
     def both(*given: Any) -> PassBytes:
-        with LiveBytes(beside=beside) as live:
+        short = nullcontext if alike is None else alike.shortened
+        with LiveBytes(beside=beside) as live, short(live):
             with _arithmetic(dtype):
                 result = run(*given)
-            kept, forward = live.now(), live.most
-            live.most = kept
+            forward, kept = live.most, live.restart()
             if backward and result.requires_grad:
                 result.backward(torch.empty_like(result))  # type: ignore[no-untyped-call]
             del result
