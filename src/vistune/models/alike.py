@@ -1,9 +1,9 @@
 """Blocks that are alike are followed once: the others take the room that one of them took.
 
 For passes without storage (`models.shadow`) over towers of dozens of blocks. Blocks are alike whose
-modules and arguments are. Of each kind the first two and the last run: the second says what a
-forward pass keeps and needs at most, the last, which is the first to come back, what a backward
-pass needs. Nothing here knows a model.
+modules and arguments are; arguments beside the first are taken as made once for all blocks. Of each
+kind the first two and the last run: the second says what a forward pass keeps and needs at most,
+the last, which is the first to come back, what a backward pass needs. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Alike:
     ) -> Any:
         if self._input is not None:  # by now nobody holds it but who keeps it
             took, storage = self._input
-            took.keeps_input, self._input = not storage.expired(), None
+            took.keeps_input = not storage.expired()  # type: ignore[no-untyped-call]
+            self._input = None
         kind = self._kinds[index]
         alike = [at for at, other in enumerate(self._kinds) if other == kind]
         if len(alike) < _WORTH_IT:
