@@ -69,7 +69,9 @@ def decoder_probe(model: PlannedModel, *, stream: torch.dtype, below: bool) -> P
         return _cogvlm2(model, stream=stream, below=below)
     if isinstance(model, VisualGLMForConditionalGeneration):
         return _chatglm(model, stream=stream, below=below)
-    # Transformers takes tensors without storage for a trace and would make a T x T mask.
+    # Transformers takes tensors without storage for a trace and would make a T x T mask, of which
+    # the packed kernels have none; one of four dimensions is handed on as it is.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     config: Any = _compat.decoder_of(model.language_model).config
     _compat.register_attention(_PROBE, _causal_attention)
     config._attn_implementation = _PROBE
@@ -77,7 +79,7 @@ def decoder_probe(model: PlannedModel, *, stream: torch.dtype, below: bool) -> P
     def run(num_tokens: int) -> Tensor:
         out: Any = _compat.decoder_of(model.language_model)(
             inputs_embeds=_embeds(num_tokens, config.hidden_size, stream, below)[None],
-            attention_mask=None,
+            attention_mask=no_mask,
             position_ids=torch.arange(num_tokens)[None],
             use_cache=False,
         )
