@@ -45,7 +45,11 @@ def test_the_grid(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
         tree = tune.model_dump(mode="json") | {"head": {"mode": "freeze"}}
         tune = TuneConfig.model_validate(tree)
     facts = facts_of(row, tiny=False, untied=untied)
-    train = {"steps": 1, "checkpoint_tower_layers": row.tower_layers, "kernels": "torch"}
+    train = {
+        "steps": 1,
+        "checkpoint_tower_layers": row.tower_layers,
+        "kernels": row.kernels,
+    }
     memory = native_memory(
         facts,
         tune=tune,
