@@ -77,14 +77,15 @@ def test_figures_of_a_run_are_those_of_the_device(tiny, tmp_path, mode):
     assert 1 < result.peak_tflops < 20_000
 
 
-CAP_GIB = 4.0
+CAP_GIB = 2.0
 
 
 @pytest.fixture
 def capped():
-    """A card of which this process may take 4 GiB."""
+    """A card of which this process may take 2 GiB."""
     gc.collect()
     torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < 2**28, "an earlier test of this process keeps memory"
     total_gib = torch.cuda.mem_get_info()[1] / 2**30
     torch.cuda.set_per_process_memory_fraction(CAP_GIB / total_gib)
     yield
@@ -94,7 +95,7 @@ def capped():
 
 @pytest.fixture(scope="module")
 def long_rows(tiny, tmp_path_factory):
-    """Twelve layers and rows of 14,000 tokens: without recomputation 7 GiB are predicted."""
+    """Twelve layers and rows of 14,000 tokens: 2.3 GiB on an H200 without recomputation."""
     folder = tmp_path_factory.mktemp("long")
     tokenizer = AutoTokenizer.from_pretrained(tiny / "llama")
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
@@ -157,7 +158,7 @@ def test_a_row_that_does_not_fit_is_said_before_step_1_and_the_advice_fits(
     assert result.steps == 2 and [line["step"] for line in metrics(folder)] == [1, 2]
     peak_gib = metrics(folder)[-1]["peak_memory_gib"]
     assert peak_gib < CAP_GIB
-    assert needed_gib == pytest.approx(peak_gib, rel=0.15)
+    assert needed_gib == pytest.approx(peak_gib, rel=0.2)  # said to a tenth
 
 
 @cuda
