@@ -55,6 +55,23 @@ def test_every_choice_is_said_and_returned(tmp_path: Path) -> None:
     assert engine["compiled"] == engine["offload"] == ""
 
 
+@pytest.mark.parametrize(
+    "changes, hinted",
+    [
+        ({}, True),
+        ({"fused": "on"}, False),
+        ({"checkpoint_layers": 1, "offload": {"activations": True}}, False),
+    ],
+)
+def test_compiled_blocks_are_suggested_where_they_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], hinted: bool
+) -> None:
+    monkeypatch.setattr("vistune.train.engine.has_triton", lambda _: True)
+    _, engine, said, _ = set_up(tmp_path, LORA, **changes)
+    assert ("train.compile=blocks" in said) is hinted
+    assert engine["compiled"] == ""
+
+
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_settings_reach_the_layers(tmp_path: Path, fused: str) -> None:
     model, engine, said, made = set_up(

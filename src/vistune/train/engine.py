@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vistune.device import Device
+from vistune.device import Device, has_triton
 from vistune.models.modes import let_layers_recompute, set_training_mode
 from vistune.recipe import Recipe
 
@@ -55,6 +55,11 @@ def set_up_engine(
         compiled = compile_blocks(
             model, mode=train.compile, fused=runs_fused, attention=attention.language.name
         )
+    elif _would_gain(recipe, device, fused=runs_fused, attention=attention.language.name):
+        say(
+            "compiled: nothing; with train.compile=blocks a step of such layers took 0.5 to 0.7 of"
+            " the time on an H200, after 15 to 50 s at the start"
+        )
     return {
         "attention": attention.to_json(),
         "layers": layers,
@@ -62,6 +67,12 @@ def set_up_engine(
         "compiled": say(compiled),
         "offload": say(_offload(recipe, device)),
     }
+
+
+def _would_gain(recipe: Recipe, device: Device, *, fused: bool, attention: str) -> bool:
+    """Whether compiled blocks are worth a word: measured on an H200 (bench/README.md)."""
+    waits = recipe.train.offload.activations or attention == "flex"
+    return not fused and not waits and has_triton(device.torch_device)
 
 
 def _set_up_layers(
