@@ -1,6 +1,5 @@
 """What stands in for other packages' kernels keeps, in a prediction, what these really keep."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from tiny_parts import composed, parts
 from vistune.models import stand_in_liger
 from vistune.models.facts import describe
 from vistune.models.kept import LiveBytes, kept_slope, peak_slope
-from vistune.models.memory import MemoryModel, RowSize, memory_model, skeleton
+from vistune.models.memory import MemoryModel, memory_model, skeleton
 from vistune.models.probes import decoder_probe
 from vistune.models.recompute import set_checkpoint_layers
 from vistune.models.tune import apply_tuning
@@ -76,40 +75,14 @@ def alive(folder: Path, frozen_format: str, *, recomputed: int, half: bool) -> l
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("recomputed", [0, LAYERS])
-def test_what_8_bit_products_hold_is_what_bitsandbytes_holds(tmp_path, recomputed, half):
+def test_8_bit_products_keep_no_more_than_others(tmp_path, recomputed, half):
+    """Bitsandbytes holds each product's input on its node; nothing of it may stay."""
     pytest.importorskip("bitsandbytes")
-    dtype = torch.bfloat16 if half else torch.float32
-    same, held = (planned(tmp_path, lora(f), dtype=dtype).layer for f in ("same", "int8"))
-    real_same, real_held = (
+    same, in_8_bits = (
         alive(tmp_path, f, recomputed=recomputed, half=half) for f in ("same", "int8")
     )
-    forward, backward = (b - a for a, b in zip(real_same, real_held, strict=True))
-    # Inputs of q, k and v, of the projection behind attention, of gate and up, and of down.
-    assert held.stays == dtype.itemsize * (3 * WIDTH + INNER)
-    assert backward == pytest.approx(LAYERS * held.stays)
-    if recomputed:
-        assert held.kept_recomputed == same.kept_recomputed + held.stays
-        assert forward == pytest.approx(LAYERS * held.stays)
-    else:
-        assert forward == pytest.approx(LAYERS * (held.kept - same.kept))
-    # Adapters in fp32 keep the input itself; those in 16 bits a copy of their own.
-    extra = 2 * (2 * WIDTH + INNER) if half else 0
-    assert held.kept - same.kept == extra
-
-
-def test_recomputing_saves_less_where_8_bit_products_hold_their_inputs(tmp_path):
-    same, held = (planned(tmp_path, lora(f), dtype=torch.bfloat16) for f in ("same", "int8"))
-    row = RowSize(num_tokens=10**6, num_images=0, num_targets=1, num_tail_tokens=10**6)
-    saved = [
-        memory.predict(row).peak - memory.predict(row, checkpoint_layers=1).peak
-        for memory in (same, held)
-    ]
-    assert 0 < saved[1] < saved[0]
-    # The graph of the row before is there until that of the next one is.
-    bare = replace(held, layer=replace(held.layer, backward=0.0))
-    two = bare.predict(replace(row, num_rows=2)).peak - bare.predict(row).peak
-    gradients = sum(role.gradients for role in held.roles.values())
-    assert two == pytest.approx(gradients + LAYERS * held.layer.stays * 10**6, rel=0.01)
+    assert same[0] > 0
+    assert in_8_bits == pytest.approx(same)
 
 
 def test_the_most_of_a_decoder_grows_with_its_tokens_alone(tmp_path):

@@ -15,7 +15,6 @@ from torch import nn
 
 from vistune.models.kept import kept_slope, peak_slope
 from vistune.models.probes import PlannedModel, attention_bytes, decoder_probe, repeated_bytes
-from vistune.models.stand_in_bits import HeldInputs
 from vistune.recipe import TuneConfig
 
 _PROBE_TOKENS = (64, 128)
@@ -30,14 +29,11 @@ class LayerBytes:
         kept: Kept for the backward pass.
         kept_recomputed: Kept when the layer is computed again.
         backward: Made while its backward pass runs.
-        stays: What of these its 8-bit products hold until the whole backward pass has ended
-            (`models.stand_in_bits`).
     """
 
     kept: float
     kept_recomputed: float
     backward: float
-    stays: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,6 @@ def counted_bytes(
     *,
     tune: TuneConfig,
     dtype: torch.dtype,
-    held: HeldInputs | None = None,
 ) -> DecoderBytes:
     """Counts what autograd keeps of the decoder as it was written, and makes on its way back.
 
@@ -137,7 +132,6 @@ def counted_bytes(
         layers: Its decoder layers.
         tune: What trains.
         dtype: Format of activations.
-        held: What its 8-bit products hold.
     """
     width = int(model.config.get_text_config().hidden_size)
     model.train()
@@ -146,12 +140,10 @@ def counted_bytes(
     run = decoder_probe(model, stream=stream, below=below)
     kept = kept_slope(model, run, dtype=dtype, at=_PROBE_TOKENS)
     most = peak_slope(model, run, dtype=dtype, at=_PEAK_TOKENS)
-    stays = 0.0 if held is None else held.slope(model, run, dtype=dtype, at=_PROBE_TOKENS)
-    stays /= len(layers)
     each = kept / len(layers) + attention_bytes(model, dtype=dtype)
     wide = stream.itemsize
     return DecoderBytes(
-        layer=LayerBytes(each, wide * width + stays, max(0.0, most - kept), stays),
+        layer=LayerBytes(each, wide * width, max(0.0, most - kept)),
         tail_kept=each,
         tail_kept_target=0.0,
         row=16 + 9 + wide * width,

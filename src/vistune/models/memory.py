@@ -12,7 +12,6 @@ driver's context.
              first layer backward      casts + gradients + one layer in full
              end of the backward pass  gradients
 
-What products in 8 bits hold stays until the whole backward pass has ended (`models.stand_in_bits`).
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from vistune.models.mgm import MGMForConditionalGeneration
 from vistune.models.offload import IN_FLIGHT
 from vistune.models.probes import PlannedModel, family_skeleton, image_probe
 from vistune.models.recompute import decoder_layers, set_checkpoint_layers
-from vistune.models.stand_in_bits import stand_in_int8
 from vistune.models.stand_in_liger import stand_in_liger
 from vistune.models.tune import apply_tuning
 from vistune.recipe import ModelConfig, TrainConfig, TuneConfig
@@ -168,7 +166,7 @@ class MemoryModel:
         again = min(checkpoint_layers, inner)
         # Inputs on their way out or back, and the one in use.
         here = min(again, IN_FLIGHT + 1) if self.moves_inputs else again
-        inputs = here * self.layer.kept_recomputed + (again - here) * self.layer.stays
+        inputs = here * self.layer.kept_recomputed
         tokens = row.num_tokens
         kept = tokens * ((inner - again) * self.layer.kept + inputs + self.row)
         kept += tokens * self.tail_kept + row.num_tail_tokens * self.tail_kept_target
@@ -186,20 +184,14 @@ class MemoryModel:
         gradients = total("gradients")
         standing = total("casts") + tower
         always = standing + (gradients if several else 0)
-        # Of a row before, until the graph of this one is there.
-        stays = tokens * self.layer.stays
-        behind = self.num_layers * stays if several else 0.0
         # A layer computed again makes all that it keeps once more; by then those after it are done.
         once_more = tokens * (inputs + self.layer.kept + self.row)
         phases = {
-            "forward": always + kept + max(logits, behind),
+            "forward": always + kept + logits,
             "backward": always + kept + passing,
-            "recompute": (
-                always + once_more + (self.num_layers - again) * stays + passing if again else 0.0
-            ),
-            "first layer": standing + gradients + passing + inner * stays
-            + tokens * (self.layer.kept + self.row),
-            "tower": always + behind + images,
+            "recompute": always + once_more + passing if again else 0.0,
+            "first layer": standing + gradients + passing + tokens * (self.layer.kept + self.row),
+            "tower": always + images,
             "update": float(gradients + self.visiting),
         }  # fmt: skip
         where = max(phases, key=lambda name: phases[name])
@@ -247,12 +239,11 @@ def memory_model(
     work = work_of(model, tune)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     roles = _role_bytes(model, layers, tune=tune, train=train, dtype=dtype, fused=fused)
-    held = stand_in_int8(model, tune)
     if fused:
         decoder_bytes = fused_bytes(facts.text_config, layers[0], tune=tune, dtype=dtype)
     else:
         stand_in_liger(model, train, kind=kind)
-        decoder_bytes = counted_bytes(model, layers, tune=tune, dtype=dtype, held=held)
+        decoder_bytes = counted_bytes(model, layers, tune=tune, dtype=dtype)
     image_kept, image_passing = _image_bytes(model, dtype=dtype)
     if train.checkpoint_tower_layers:
         set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")

@@ -32,7 +32,6 @@ from vistune.models.native_weights import (
 )
 from vistune.models.offload import IN_FLIGHT
 from vistune.models.recompute import decoder_layers, set_checkpoint_layers
-from vistune.models.stand_in_bits import stand_in_int8
 from vistune.models.stand_in_liger import stand_in_liger
 from vistune.models.stand_ins import stand_in_kernels
 from vistune.models.tune import apply_tuning
@@ -69,8 +68,6 @@ class NativeMemory:
         work: Operations, for estimates of time.
         image: The image that was looked at.
         patches_per_token: Most patches that stand behind an image token.
-        stays: For each token, what a layer's 8-bit products hold until the whole backward pass has
-            ended (`models.stand_in_bits`), computed again or not.
         visiting: Bytes of offloaded optimizer state on the device during an update.
         moves_inputs: Whether inputs of layers computed again wait on the host.
         fused: Never.
@@ -96,7 +93,6 @@ class NativeMemory:
     work: ModelWork | None
     image: MadeImage
     patches_per_token: float
-    stays: float = 0.0
     visiting: int = 0
     moves_inputs: bool = False
     fused: bool = False
@@ -141,8 +137,7 @@ class NativeMemory:
         outside = self.row.times(row.num_tokens)
         plain = self.layer.times(row.num_tokens) + self.pair.times(row.num_pairs)
         recomputed = self.again.times(row.num_tokens) + self.pair_again.times(row.num_pairs)
-        stays = self.stays * row.num_tokens
-        inputs = here * recomputed.kept + (again - here) * stays
+        inputs = here * recomputed.kept
         chunk = min(row.num_targets, self.chunk_targets)
         of_squares = self.patch_pair.times(row.num_patches**2)
         return _Need(
@@ -154,7 +149,6 @@ class NativeMemory:
             first=recomputed.backward if again else plain.kept + plain.backward,
             inputs=inputs,
             kept=(self.num_layers - again) * plain.kept + outside.kept + inputs,
-            stays=stays,
             logits=chunk * self.target + row.num_targets * self.target_kept,
         )
 
@@ -178,33 +172,27 @@ class NativeMemory:
         # ended, the head's when its backward pass has.
         below = casts - self.num_layers * layer.casts - head.casts
         kept, early = need.images.kept + need.kept, need.images.kept + need.outside.kept
-        # The graph of a row is let go of when that of the next row is there.
-        stays = self.num_layers * need.stays
-        behind = stays if row.num_rows > 1 else 0.0
         one = below + layer.casts + layer.at_work + early
         return {
-            "layers": casts + before + behind + kept + need.last.forward,
+            "layers": casts + before + kept + need.last.forward,
             "loss": casts + before + kept + need.logits,
             "head": below + plain * layer.casts + head.casts + with_head + head.at_work
             + kept + row.num_targets * self.target_kept,
             "last layer": below + plain * layer.casts + with_layer + layer.at_work
             + kept + need.last.backward,
-            "recomputed layer": (one + with_plain + plain * need.stays + need.inputs
+            "recomputed layer": (one + with_plain + need.inputs
             + need.recomputed.backward) if again else 0.0,
-            "first layer": one + with_layers + stays - (0 if again else need.stays) + need.first,
-            "embeddings": below + early + gradients + stays + table,
-            "images": below + before + behind + need.images.forward + need.outside.forward,
-            "tower": below + gradients + stays + need.images.backward + need.outside.backward,
+            "first layer": one + with_layers + need.first,
+            "embeddings": below + early + gradients + table,
+            "images": below + before + need.images.forward + need.outside.forward,
+            "tower": below + gradients + need.images.backward + need.outside.backward,
             "update": float(gradients + self.visiting),
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Need:
-    """Bytes of the tensors of a row: at several layers, from images, outside, and kept in all.
-
-    What stays is that of each layer.
-    """
+    """Bytes of the tensors of a row: at several layers, from images, outside, and kept in all."""
 
     images: Amounts
     outside: Amounts
@@ -213,7 +201,6 @@ class _Need:
     first: float
     inputs: float
     kept: float
-    stays: float
     logits: float
 
 
@@ -240,7 +227,7 @@ def native_memory(
     _refuse(facts.whole_config, tune, train)
     model = _tuned(facts, tune, dtype)
     work = work_of(model, tune)
-    in_8_bits = _set_up(model, tune, train, dtype=dtype, kind=kind)
+    _set_up(model, tune, train, dtype=dtype, kind=kind)
     layers = decoder_layers(model)
     roles = role_bytes(model, tune=tune, train=train, dtype=dtype)
     image = MadeImage.of(model)
@@ -250,10 +237,6 @@ def native_memory(
     set_checkpoint_layers(model, len(layers))
     let_layers_recompute(model)
     again, pair_again = layer_amounts(model, image, tune=tune, dtype=dtype)
-    # Of layers that are computed again their inputs are kept, and else only what none lets go of.
-    stream = torch.float32 if tune.language.mode == "full" else dtype
-    inputs = stream.itemsize * int(model.config.get_text_config().hidden_size)
-    stays = max(0.0, again.kept - inputs) if in_8_bits else 0.0
     target, target_kept = _target_bytes(model, tune, dtype)
     table = model.get_input_embeddings().weight
     assert isinstance(table, torch.Tensor)
@@ -282,7 +265,6 @@ def native_memory(
         patches_per_token=max(
             image.num_patches / image.num_tokens, _most_patches(facts.layout or {})
         ),
-        stays=stays,
         visiting=visiting_optimizer_bytes(sum(trained), train),
         moves_inputs=train.offload.activations,
     )
@@ -297,21 +279,15 @@ def _tuned(facts: ModelFacts, tune: TuneConfig, dtype: torch.dtype) -> NativeVLM
 
 def _set_up(
     model: NativeVLM, tune: TuneConfig, train: TrainConfig, *, dtype: torch.dtype, kind: str
-) -> bool:
-    """Sets modes, kernels and the tower's recomputed blocks as a run would.
-
-    Returns:
-        Whether layers are held in 8 bits.
-    """
+) -> None:
+    """Sets modes, kernels and the tower's recomputed blocks as a run would."""
     set_training_mode(model, tune, model.module_map)
     if kind != "cpu":
         stand_in_kernels(model, repeats=_repeats(model, train, dtype=dtype, kind=kind))
     stand_in_liger(model, train, kind=kind)
-    in_8_bits = stand_in_int8(model, tune) is not None
     if train.checkpoint_tower_layers:
         set_checkpoint_layers(model, train.checkpoint_tower_layers, role="vision")
         let_layers_recompute(model)
-    return in_8_bits
 
 
 def _target_bytes(model: NativeVLM, tune: TuneConfig, dtype: torch.dtype) -> tuple[float, float]:

@@ -142,9 +142,23 @@ def _of_any_shape(kind: Any) -> Any:
     class Linear8bit(kind):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             found: Tensor = super().forward(x.flatten(0, -2))
+            if x.numel() and found.grad_fn is not None and not self.weight.requires_grad:
+                _let_go_of_input(found.grad_fn)
             return found.view(*x.shape[:-1], -1)
 
     return Linear8bit
+
+
+def _let_go_of_input(node: Any) -> None:
+    """Takes a product's input off its node, which nothing but a weight's gradient reads.
+
+    Held there and not as autograd holds tensors (bitsandbytes 0.50: `tensors` on a GPU, `A` on a
+    CPU), it would outlive its layer's backward pass, also of layers that are computed again.
+    """
+    if hasattr(node, "tensors"):
+        node.tensors = (None, None, None)
+    if hasattr(node, "A"):
+        node.A = None
 
 
 def _rounded(
