@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,13 +187,52 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= self._alive.pop(key)[1]
 
 
-class AsOnAccelerators(TorchFunctionMode):
-    """Computes what a CPU computes in other tensors as accelerators do.
+@contextmanager
+def as_on_accelerators(model: nn.Module) -> Iterator[None]:
+    """Has modules that make other tensors on a CPU than on accelerators make those.
 
     Layer norms in fp32, where autocast is on: a module may turn it off for norms that make no fp32
     tensors. Dropout in one kernel, which keeps a byte for each number and not the numbers that it
-    multiplies by.
+    multiplies by. It must last to the end of the backward pass, for layers computed again.
+
+    Args:
+        model: Its modules are changed for so long.
     """
+    changed = []
+    for module in model.modules():
+        other = _OTHERS.get(type(module))
+        if other is not None and "forward" not in vars(module):
+            vars(module)["forward"] = partial(other, module)
+            changed.append(module)
+    try:
+        with _LayerNorms():
+            yield
+    finally:
+        for module in changed:
+            del vars(module)["forward"]
+
+
+def _dropout(module: nn.Dropout, x: Tensor) -> Tensor:
+    if module.inplace or not module.training or not 0 < module.p < 1:
+        return nn.Dropout.forward(module, x)
+    return torch.native_dropout(x, module.p, train=True)[0]
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return nn.LayerNorm.forward(module, x)
+    weight, bias = (None if t is None else t.float() for t in (module.weight, module.bias))
+    return F.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
+
+
+_OTHERS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Dropout: _dropout,
+    nn.LayerNorm: _layer_norm,
+}
+
+
+class _LayerNorms(TorchFunctionMode):
+    """The same for norms of other classes, as far as the forward pass: it is not on in backward."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -200,15 +240,7 @@ class AsOnAccelerators(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if inplace or not training or not 0 < p < 1:
-        return F.dropout(x, p, training, inplace)
-    return torch.native_dropout(x, p, train=True)[0]
 
 
 @contextmanager
@@ -228,9 +260,9 @@ def _stood_in(
         }
 
         def call(size: int) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), AsOnAccelerators():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 out: Tensor = functional_call(wrapped, tensors, (size,))
             return out
 
-        with torch.enable_grad():
+        with torch.enable_grad(), as_on_accelerators(model):
             yield call

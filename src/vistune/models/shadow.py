@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vistune.models.alike import Alike
-from vistune.models.kept import DEVICE_OF, AsOnAccelerators, LiveBytes
+from vistune.models.kept import DEVICE_OF, LiveBytes, as_on_accelerators
 
 _SMALL = 4096
 """Numbers up to which what is made of nothing (tables, ranges) is computed."""
@@ -83,7 +83,7 @@ def pass_bytes(
             del result
             return PassBytes(kept, forward, live.most)
 
-    with _shadow(model, both, beside) as call:
+    with _shadow(model, both, beside) as call, as_on_accelerators(model):
         found: PassBytes = call(*arguments)
     return found
 
@@ -103,7 +103,7 @@ def shadow_of(model: nn.Module, run: Callable[..., Any], arguments: tuple[Any, .
 @contextmanager
 def _arithmetic(dtype: torch.dtype) -> Iterator[None]:
     half = dtype is torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), AsOnAccelerators():
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         yield
 
 

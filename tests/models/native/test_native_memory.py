@@ -182,6 +182,28 @@ def test_a_gpu_keeps_no_copies_of_samples(folders: Path) -> None:
     assert 0.8 * 2 * trained < casts <= 2 * trained
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "smolvlm"])
+def test_dropout_and_norms_are_the_same_when_layers_are_computed_again(
+    folders: Path, kind: str
+) -> None:
+    """Both stand in for an accelerator's, in the backward pass too."""
+    facts = describe_native(folder_of(folders, kind))
+    found = []
+    for dropout in (0.0, 0.1):
+        tree = TUNES["lora"] | {"language": {"mode": "lora", "rank": 2, "dropout": dropout}}
+        found.append(
+            native_memory(
+                facts,
+                tune=TuneConfig.model_validate(tree),
+                train=TrainConfig(steps=1, checkpoint_tower_layers=2),
+                dtype=torch.bfloat16,
+                kind="cuda",
+            )
+        )
+    without, with_it = found
+    assert without.layer.kept < with_it.layer.kept and without.again.kept == with_it.again.kept
+
+
 def test_kernels_that_replace_norms_and_gates_keep_less(folders: Path) -> None:
     folder, tune = folder_of(folders, "qwen2_5_vl"), TuneConfig.model_validate(TUNES["frozen"])
     plain, fewer = (planned(folder, tune, kernels=name) for name in ("torch", "liger"))
