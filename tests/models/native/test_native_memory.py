@@ -182,7 +182,7 @@ def test_a_gpu_keeps_no_copies_of_samples(folders: Path) -> None:
     assert 0.8 * 2 * trained < casts <= 2 * trained
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("smolvlm", marks=pytest.mark.slow)])
 def test_dropout_and_norms_are_the_same_when_layers_are_computed_again(
     folders: Path, kind: str
 ) -> None:
